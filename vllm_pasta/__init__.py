@@ -1,0 +1,42 @@
+"""Emphasis for vLLM: mark a part of the prompt, and chosen attention heads attend to it.
+
+The method is PASTA (Zhang et al., ICLR 2024, arXiv 2311.02262). Importing this package needs
+neither vllm nor triton; ``SamplingParams`` imports vllm when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_pasta._version import __version__
+from vllm_pasta.emphasis import Emphasis, ResolvedEmphasis
+from vllm_pasta.errors import (
+    ConfigError,
+    EmphasisError,
+    HeadSetError,
+    PastaError,
+    UnsupportedError,
+)
+from vllm_pasta.heads import HeadSet
+
+if TYPE_CHECKING:
+    from vllm_pasta.integration.sampling_params import SamplingParams
+
+__all__ = [
+    "ConfigError",
+    "Emphasis",
+    "EmphasisError",
+    "HeadSet",
+    "HeadSetError",
+    "PastaError",
+    "ResolvedEmphasis",
+    "SamplingParams",
+    "UnsupportedError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SamplingParams":
+        from vllm_pasta.integration.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

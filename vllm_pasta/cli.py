@@ -1,0 +1,4 @@
+"""``vllm-pasta``."""
+
+
+def main() -> None: ...

@@ -1,0 +1,95 @@
+"""The engine's configuration: ``additional_config["pasta"]``, and whether emphasis is on at all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+
+from vllm_pasta.emphasis import parse_alpha
+from vllm_pasta.errors import ConfigError, HeadSetError
+from vllm_pasta.heads import HeadSet, bundled
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "pasta"
+DEFAULT_ALPHA = 0.01
+"""The paper's. Results are not sensitive to it (section 5.3)."""
+
+
+@dataclass(frozen=True)
+class PastaConfig:
+    """What the server knows before any request comes.
+
+    Attributes:
+        heads: Head set of requests that name none; None means that each must bring its own.
+        alpha: Scale factor of requests that give none.
+        head_sets: Head sets that requests may name.
+    """
+
+    heads: HeadSet | None
+    alpha: float
+    head_sets: Mapping[str, HeadSet]
+
+    @classmethod
+    def parse(cls, value: Any) -> "PastaConfig":
+        """Reads ``{"heads": …, "alpha": …, "head_sets": {name: path}}``; every field may be absent.
+
+        ``heads`` is the path of a head set file, the name of a head set, or ``{"layer": [heads]}``.
+
+        Raises:
+            ConfigError: unknown field or wrong type.
+            HeadSetError: a file is missing or malformed.
+        """
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"additional_config[{KEY!r}]: expected an object, got {value!r:.80}")
+        known = ("heads", "alpha", "head_sets")
+        if unknown := [key for key in value if key not in known]:
+            raise ConfigError(
+                f"additional_config[{KEY!r}]: unknown field {unknown[0]!r}; "
+                f"known are {', '.join(known)}"
+            )
+        head_sets = bundled()
+        paths = value.get("head_sets") or {}
+        if not isinstance(paths, Mapping):
+            raise ConfigError(f"head_sets: expected {{name: path}}, got {paths!r:.80}")
+        for name, path in paths.items():
+            head_sets[name] = _head_set(path, head_sets)
+        heads = value.get("heads")
+        alpha = value.get("alpha")
+        try:
+            alpha = DEFAULT_ALPHA if alpha is None else parse_alpha(alpha)
+        except ValueError as e:
+            raise ConfigError(f"alpha: {e}") from None
+        return cls(None if heads is None else _head_set(heads, head_sets), alpha, head_sets)
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "PastaConfig | None":
+        """The configuration of an engine, or None where emphasis is not switched on."""
+        if not is_enabled(vllm_config):
+            return None
+        return cls.parse(_section(vllm_config) or {})
+
+
+def is_enabled(vllm_config: "VllmConfig") -> bool:
+    """Whether the engine was asked to honour emphasis: by its config, or by ``VLLM_PLUGINS``."""
+    return _section(vllm_config) is not None or KEY in (envs.VLLM_PLUGINS or ())
+
+
+def _section(vllm_config: "VllmConfig") -> Any:
+    config = vllm_config.additional_config
+    return config.get(KEY) if isinstance(config, Mapping) else None
+
+
+def _head_set(value: Any, known: Mapping[str, HeadSet]) -> HeadSet:
+    if isinstance(value, Mapping):
+        return HeadSet.from_json(value)
+    if not isinstance(value, str):
+        raise ConfigError(f"expected a head set's path, name or object, got {value!r:.80}")
+    if value in known:
+        return known[value]
+    try:
+        return HeadSet.load(value)
+    except HeadSetError as e:
+        raise HeadSetError(f"{e}. Head sets known by name: {', '.join(sorted(known))}") from e

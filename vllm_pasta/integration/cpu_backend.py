@@ -1,0 +1,105 @@
+"""vLLM's CPU attention backend, with steering added after the plain kernel.
+
+Registered in place of ``CPU_ATTN``: the CPU platform of vLLM 0.32 takes no custom backend.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_pasta.integration import support
+from vllm_pasta.integration.config import is_enabled
+from vllm_pasta.integration.rows import EmphasisRows, rows_of
+from vllm_pasta.ops import steered_attention
+from vllm_pasta.plan import StepPlan
+
+
+class SteeredCPUAttentionBackend(CPUAttentionBackend):
+    """``CPU_ATTN`` that honours emphasis. Without any, it does what its base does."""
+
+    @staticmethod
+    def get_impl_cls() -> type["SteeredCPUAttentionImpl"]:
+        return SteeredCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SteeredCPUAttentionMetadataBuilder"]:
+        return SteeredCPUAttentionMetadataBuilder
+
+
+class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Puts a step's plan beside the base's metadata, as attribute ``steering``.
+
+    Raises:
+        UnsupportedError: emphasis is on, and a layer of this group cannot honour it.
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._rows: EmphasisRows | None = None
+        if is_enabled(vllm_config):
+            support.check_engine(vllm_config)
+            layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+            for name in layer_names:
+                support.check_layer(name, layers[name].impl, self.isa)
+                layers[name].impl.layer_index = extract_layer_index(name)
+            self._rows = rows_of(vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.steering = None
+        if self._rows is not None and (static := self._rows.plan) is not None:
+            metadata.steering = StepPlan.build(
+                static, metadata.query_start_loc, metadata.seq_lens, metadata.block_table
+            )
+        return metadata
+
+
+class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
+    """Runs the base's kernel, then overwrites the output of steered (row, head) pairs."""
+
+    layer_index: int  # over the whole model; set by the builder where emphasis is on
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        output = super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output,
+            output_scale, output_block_scale,
+        )  # fmt: skip
+        plan: StepPlan | None = getattr(attn_metadata, "steering", None)
+        if plan is not None:
+            heads = plan.static.layers.get(self.layer_index)
+            if heads is not None:
+                steered_attention(query, kv_cache, output, plan, heads, self.scale, layer.isa)
+        return output

@@ -1,0 +1,31 @@
+"""Entry point of the group ``vllm.general_plugins``: vLLM calls it in each of its processes."""
+
+from vllm_pasta.errors import UnsupportedError
+
+SUPPORTED_VLLM = ("0.32.",)
+"""Prefixes of the vLLM versions on which everything here was tested."""
+
+
+def register() -> None:
+    """Registers the attention backend and applies the run-time patches. Idempotent.
+
+    Raises:
+        UnsupportedError: another vLLM than the supported ones. Nothing would be sure there, so
+            vLLM does not start; ``VLLM_PLUGINS`` without ``pasta`` starts it without us.
+    """
+    import vllm
+
+    if not vllm.__version__.startswith(SUPPORTED_VLLM):
+        raise UnsupportedError(
+            f"vllm-pasta supports vLLM {', '.join(v + 'x' for v in SUPPORTED_VLLM)}, this is "
+            f"{vllm.__version__}. Install a supported one, or set VLLM_PLUGINS= to start without"
+        )
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_pasta.integration import upstream
+
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN,
+        "vllm_pasta.integration.cpu_backend.SteeredCPUAttentionBackend",
+    )
+    upstream.apply()

@@ -1,0 +1,97 @@
+"""Which row of the batch carries which emphasis, in the worker.
+
+vLLM's logits-processor plugins (group ``vllm.logits_processors``) are told in every step which
+requests were added to, removed from and moved within the batch, after the batch is in its final
+order and before attention metadata is built. Ours changes no logits.
+"""
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+
+from vllm_pasta.emphasis import ResolvedEmphasis, has_emphasis
+from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration.admission import WIRE_KEY
+from vllm_pasta.integration.config import is_enabled
+from vllm_pasta.plan import StaticPlan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_instances: "WeakValueDictionary[int, EmphasisRows]" = WeakValueDictionary()
+
+
+def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
+    """The row tracker of the engine whose model runner holds this very config object.
+
+    Raises:
+        UnsupportedError: vLLM did not load logits-processor plugins for this engine.
+    """
+    rows = _instances.get(id(vllm_config))
+    if rows is None or rows.vllm_config is not vllm_config:
+        raise UnsupportedError(
+            "vLLM did not load vllm-pasta's logits processor (group vllm.logits_processors), "
+            "so no batch row could be told from another"
+        )
+    return rows
+
+
+class EmphasisRows(LogitsProcessor):
+    """The steered rows of the current batch.
+
+    Args:
+        vllm_config: The engine's.
+        device, is_pin_memory: vLLM's interface; not used.
+    """
+
+    def __init__(
+        self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
+    ) -> None:
+        self.vllm_config = vllm_config
+        self._enabled = is_enabled(vllm_config)
+        self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row
+        self._plan: StaticPlan | None = None
+        _instances[id(vllm_config)] = self
+
+    @property
+    def plan(self) -> StaticPlan | None:
+        """The steered rows, packed; None where the batch has none."""
+        if self._plan is None and self._emphasis:
+            self._plan = StaticPlan.pack(sorted(self._emphasis.items(), key=lambda item: item[0]))
+        return self._plan
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if self._enabled and batch_update is not None:
+            process_dict_updates(self._emphasis, batch_update, self._new_state)
+            self._plan = None  # rows may have moved
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses emphasis where the plugin proper is switched off, so that none is ignored."""
+        from vllm_pasta.integration import upstream
+
+        if not upstream.is_applied() and has_emphasis(sampling_params.extra_args):
+            raise ValueError(
+                "emphasis: vllm-pasta is installed but switched off here (VLLM_PLUGINS does not "
+                "name pasta), so this request would run unsteered"
+            )
+
+    @staticmethod
+    def _new_state(params: SamplingParams, *_: Any) -> ResolvedEmphasis | None:
+        extra_args = params.extra_args or {}
+        if has_emphasis(extra_args):
+            raise UnsupportedError(
+                "a request with emphasis reached the worker without passing admission; "
+                "was it built without vLLM's InputProcessor?"
+            )
+        wire = extra_args.get(WIRE_KEY)
+        return None if wire is None else ResolvedEmphasis.from_wire(wire)

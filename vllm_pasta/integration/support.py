@@ -1,0 +1,77 @@
+"""Decides whether an engine can honour emphasis: here, and nowhere else.
+
+What is not known to work is refused. An engine on which emphasis is switched on and which cannot
+honour it does not start.
+"""
+
+from typing import TYPE_CHECKING
+
+from vllm.platforms import current_platform
+
+from vllm_pasta.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+LAYOUTS = ("vec", "vec16", "amx")
+"""KV cache layouts that the kernels read."""
+
+
+def check_engine(vllm_config: "VllmConfig") -> None:
+    """Checks what the configuration alone tells.
+
+    Raises:
+        UnsupportedError: lists every reason.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    reasons = {
+        f"the platform is {current_platform.device_type}, not cpu": not current_platform.is_cpu(),
+        "Model Runner V2 is in use": vllm_config.use_v2_model_runner,
+        "speculative decoding is on": vllm_config.speculative_config is not None,
+        "a KV connector is configured": vllm_config.kv_transfer_config is not None,
+        "KV offloading is on": bool(getattr(cache, "kv_offloading_size", None)),
+        "LoRA is on": vllm_config.lora_config is not None,
+        "the engine runs on more than one worker": parallel.world_size > 1
+        or parallel.data_parallel_size > 1,
+        f"the KV cache is {cache.cache_dtype}": cache.cache_dtype not in ("auto", "bfloat16"),
+        f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
+        "the model has MLA attention": model.use_mla,
+        "the model has layers without attention": model.is_hybrid
+        or model.is_attention_free
+        or model.has_inner_state,
+        "the model is an encoder-decoder": model.is_encoder_decoder,
+        "the model is multimodal": model.is_multimodal_model,
+        "the model is a diffusion model": model.is_diffusion,
+    }
+    _refuse([reason for reason, holds in reasons.items() if holds])
+
+
+def check_layer(name: str, impl: "CPUAttentionBackendImpl", layout: str) -> None:
+    """Checks one attention layer, in the worker, once the model is there.
+
+    Raises:
+        UnsupportedError: lists every reason.
+    """
+    reasons = {
+        "has a sliding window": impl.sliding_window != -1,
+        "has a logits soft cap": bool(impl.logits_soft_cap),
+        "has ALiBi": impl.alibi_slopes is not None,
+        "has attention sinks": impl.sinks is not None,
+        "shares another layer's KV cache": impl.kv_sharing_target_layer_name is not None,
+        "has an fp8 KV cache": impl.is_fp8_kv_cache,
+        f"has attention of type {impl.attn_type}": impl.attn_type != "decoder",
+        f"has KV cache layout {layout}, not {', '.join(LAYOUTS)}": layout not in LAYOUTS,
+    }
+    _refuse([f"layer {name} {reason}" for reason, holds in reasons.items() if holds])
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise UnsupportedError(
+            "vllm-pasta cannot honour emphasis on this engine: "
+            + "; ".join(reasons)
+            + ". Change that, or leave emphasis off (no --plugin pasta, no 'pasta' in "
+            "additional_config or VLLM_PLUGINS)"
+        )

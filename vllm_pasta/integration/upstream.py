@@ -1,0 +1,219 @@
+"""Every change made to vLLM at run time. The ledger is patches/README.md; a test holds the two
+together, and another fails when upstream changes a target.
+
+Each patch wraps one function and calls the original. ``apply`` is idempotent.
+"""
+
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_pasta.emphasis import has_emphasis
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped function.
+
+    Attributes:
+        target: ``module:qualified.name``.
+        wrap: Original function to its replacement.
+        sha256: Digest of the original's source in the supported vLLM, first 12 characters.
+        frontend: Applied when a front end starts (it alone has the target's module loaded),
+            not in every process.
+    """
+
+    target: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    sha256: str
+    frontend: bool = False
+
+
+def _input_processor_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_pasta.integration.admission import Admission
+
+        _apply([patch for patch in PATCHES if patch.frontend])
+        # First, so that an engine which cannot honour emphasis refuses to start at once.
+        self.pasta_admission = Admission(vllm_config, lambda: self.tokenizer)
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        params = request.sampling_params or request.pooling_params
+        admitted = self.pasta_admission.admit(
+            params,
+            request.prompt_token_ids if request.prompt_embeds is None else None,
+            prompt.get("prompt") if isinstance(prompt, dict) else None,
+            resumable=request.resumable,
+        )
+        if admitted is not params:
+            request.sampling_params = admitted
+        return request
+
+    return process_inputs
+
+
+def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(prompt, dict) and "type" in prompt:
+            # Admission again, now, as the server calls this before it sends any header: a
+            # streaming request too is refused with a status of 400.
+            sampling_params = self.input_processor.pasta_admission.admit(
+                sampling_params,
+                prompt.get("prompt_token_ids") if prompt["type"] == "token" else None,
+                prompt.get("prompt"),
+            )
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    return generate
+
+
+def _block_hash_extra_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_pasta.integration.cache_keys import block_key, request_emphasis
+
+    @functools.wraps(original)
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        emphasis = request_emphasis(request)
+        if emphasis is not None:
+            key = block_key(emphasis, start_token_idx, end_token_idx)
+            if key is not None:
+                keys = (*(keys or ()), key)
+        return keys, mm_idx
+
+    return generate_block_hash_extra_keys
+
+
+def _to_beam_search_params(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_pasta.integration.admission import AdmissionError
+
+        if has_emphasis(self.vllm_xargs):
+            raise AdmissionError("emphasis: beam search cannot be emphasised; leave out one")
+        return original(self, *args, **kwargs)
+
+    return to_beam_search_params
+
+
+def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_pasta.integration.cli_args import add_flags
+
+        parser = original(parser, *args, **kwargs)
+        add_flags(parser)
+        return parser
+
+    return add_cli_args
+
+
+def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        from vllm_pasta.integration.cli_args import merge_flags
+
+        engine_args = original(cls, args)
+        engine_args.additional_config = merge_flags(args, engine_args.additional_config)
+        return engine_args
+
+    return from_cli_args
+
+
+_PROTOCOLS = "vllm.entrypoints.openai"
+
+PATCHES = (
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor.__init__",
+        _input_processor_init,
+        "TODO",
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        _process_inputs,
+        "TODO",
+    ),
+    Patch(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        _block_hash_extra_keys,
+        "TODO",
+    ),
+    Patch("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args, "TODO"),
+    Patch("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args, "TODO"),
+    Patch("vllm.v1.engine.async_llm:AsyncLLM.generate", _generate, "TODO", frontend=True),
+    Patch(
+        f"{_PROTOCOLS}.completion.protocol:CompletionRequest.to_beam_search_params",
+        _to_beam_search_params,
+        "TODO",
+        frontend=True,
+    ),
+    Patch(
+        f"{_PROTOCOLS}.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
+        _to_beam_search_params,
+        "TODO",
+        frontend=True,
+    ),
+)
+
+_MARK = "_vllm_pasta_original"
+
+
+def apply() -> None:
+    """Applies the patches that every process needs."""
+    _apply([patch for patch in PATCHES if not patch.frontend])
+
+
+def is_applied() -> bool:
+    """Whether `apply` was called in this process."""
+    owner, name = _locate(PATCHES[0])
+    return hasattr(_function(owner, name), _MARK)
+
+
+def source_digest(patch: Patch) -> str:
+    """Digest of the target's source as upstream wrote it, whether or not it is wrapped by now."""
+    function = _function(*_locate(patch))
+    source = inspect.getsource(getattr(function, _MARK, function))
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def _apply(patches: list[Patch]) -> None:
+    for patch in patches:
+        owner, name = _locate(patch)
+        static = inspect.getattr_static(owner, name)
+        function = _function(owner, name)
+        if hasattr(function, _MARK):
+            continue
+        wrapped = patch.wrap(function)
+        setattr(wrapped, _MARK, function)
+        kind = type(static) if isinstance(static, staticmethod | classmethod) else lambda f: f
+        setattr(owner, name, kind(wrapped))
+
+
+def _locate(patch: Patch) -> tuple[Any, str]:
+    module, _, qualname = patch.target.partition(":")
+    *path, name = qualname.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def _function(owner: Any, name: str) -> Callable[..., Any]:
+    static = inspect.getattr_static(owner, name)
+    return static.__func__ if isinstance(static, staticmethod | classmethod) else static

@@ -1,0 +1,103 @@
+"""Steered attention in plain torch: readable, any device, exact. Every other kernel is held to it.
+
+For a steered query head, the logits of the prompt's tokens outside the emphasised spans get
+``log(alpha)`` added before the softmax, which scales their attention by alpha and renormalises
+(PASTA, equation 2). Generated tokens are never scaled.
+"""
+
+import torch
+
+from vllm_pasta.plan import LayerHeads, StepPlan
+
+
+def steered_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    plan: StepPlan,
+    layer_heads: LayerHeads,
+    scale: float,
+    layout: str,
+) -> None:
+    """Overwrites the steered (row, head) pairs of ``output``; touches nothing else.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``; fp32, bf16 or fp16.
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, same dtype, with
+            this step's keys and values already in it.
+        output: ``[num_tokens, num_heads, head_size]``, the plain attention's; written in place.
+        plan: The step's steered requests.
+        layer_heads: This layer's steered heads.
+        scale: Softmax scale.
+        layout: How a block holds keys and values: see `gather_kv`.
+    """
+    static = plan.static
+    group_size = query.shape[1] // kv_cache.shape[1]
+    head_bounds = layer_heads.offsets.tolist()
+    span_bounds = static.span_offsets.tolist()
+    for r in range(len(static.batch_rows)):
+        heads = layer_heads.heads[head_bounds[r] : head_bounds[r + 1]].long()
+        seq_len, query_len = int(plan.seq_len[r]), int(plan.query_len[r])
+        computed = seq_len - query_len  # keys of earlier steps
+        skip = max(0, int(static.first[r]) - computed)  # rows before the first emphasised token
+        if len(heads) == 0 or skip >= query_len:
+            continue
+
+        bias = torch.zeros(seq_len)
+        bias[: int(static.prompt_len[r])] = static.log_alpha[r]
+        for start, end in static.spans[span_bounds[r] : span_bounds[r + 1]].tolist():
+            bias[start:end] = 0.0
+
+        kv_heads, kv_index = torch.unique(heads // group_size, return_inverse=True)
+        keys, values = gather_kv(kv_cache, plan.block_table[r], seq_len, kv_heads, layout)
+        begin = int(plan.query_start[r])
+        rows = slice(begin + skip, begin + query_len)
+        q = query[rows][:, heads].transpose(0, 1).float()
+        logits = q @ keys[kv_index].transpose(1, 2) * scale + bias
+        position = torch.arange(computed + skip, seq_len)
+        future = torch.arange(seq_len) > position[:, None]
+        weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
+        output[rows, heads] = (weights @ values[kv_index]).transpose(0, 1).to(output.dtype)
+
+
+def gather_kv(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_len: int,
+    kv_heads: torch.Tensor,
+    layout: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads one request's keys and values out of the paged cache.
+
+    vLLM's CPU cache keeps a block's keys in its first half and the values in its second, each
+    packed for the instruction set (vLLM 0.32, csrc/cpu/cpu_attn_*.hpp):
+
+    - ``vec``, ``vec16``: K as ``[head_size, block_size]``, V as ``[block_size, head_size]``
+    - ``amx``: K as ``[block_size/16, head_size/2, 16 tokens, 2 dims]``,
+      V as ``[head_size/16, block_size/2, 16 dims, 2 tokens]``
+
+    Args:
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+        block_table: int32 ``[max_blocks]``.
+        seq_len: How many tokens to read.
+        kv_heads: int64 ``[n]``; which KV heads.
+        layout: One of the names above.
+
+    Returns:
+        Keys and values, each float32 ``[n, seq_len, head_size]``.
+    """
+    block_size, head_size = kv_cache.shape[2], kv_cache.shape[3] // 2
+    blocks = block_table[: -(-seq_len // block_size)].long()
+    packed = kv_cache[blocks[:, None], kv_heads].float().flatten(2)  # [blocks, n, 2 * half]
+    k, v = packed.chunk(2, dim=2)
+    b, n = k.shape[:2]
+    if layout in ("vec", "vec16"):
+        k = k.view(b, n, head_size, block_size).transpose(2, 3)
+        v = v.view(b, n, block_size, head_size)
+    elif layout == "amx":
+        k = k.view(b, n, block_size // 16, head_size // 2, 16, 2).permute(0, 1, 2, 4, 3, 5)
+        v = v.view(b, n, head_size // 16, block_size // 2, 16, 2).permute(0, 1, 3, 5, 2, 4)
+    else:
+        raise ValueError(f"unknown KV cache layout {layout!r}; known are vec, vec16, amx")
+    k, v = (x.reshape(b, n, block_size, head_size).transpose(0, 1).flatten(1, 2) for x in (k, v))
+    return k[:, :seq_len], v[:, :seq_len]
