@@ -1,0 +1,82 @@
+"""Engines are costly: each is started once per session, and most tests share one."""
+
+import gc
+import os
+
+# Before vllm is imported. In process: quick to start, and tests can look inside.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+import torch
+from models import tiny_llama
+from oracle import Oracle
+
+from vllm_pasta.smollm2 import model_path
+
+
+def start(model, **options):
+    """An in-process engine with settings that suit small tests."""
+    from vllm import LLM
+
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.05,
+        "max_model_len": 1024,
+        "max_logprobs": -1,
+        "disable_log_stats": True,
+        "additional_config": {"pasta": {}},
+    }
+    return LLM(str(model), **{**defaults, **options})
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """Starts engines by their options; keeps each until the session ends."""
+    started = {}
+
+    def get(model, **options):
+        key = repr((str(model), sorted(options.items())))
+        if key not in started:
+            started[key] = start(model, **options)
+        return started[key]
+
+    yield get
+    started.clear()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return model_path()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama: 4 layers, 4 query heads on 2 KV heads, head size 32, 256 tokens."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny):
+    return Oracle(tiny)
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2):
+    return Oracle(smollm2, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def small_batches(engine, tiny):
+    """At most 4 requests and 64 tokens a step: every long prompt is cut, most requests wait."""
+    return engine(
+        tiny, skip_tokenizer_init=True, block_size=32, max_num_seqs=4, max_num_batched_tokens=64
+    )
