@@ -80,3 +80,14 @@ def small_batches(engine, tiny):
     return engine(
         tiny, skip_tokenizer_init=True, block_size=32, max_num_seqs=4, max_num_batched_tokens=64
     )
+
+
+@pytest.fixture(scope="session")
+def smollm2_engine(engine, smollm2):
+    """The real model in fp32; the bundled head set is its default."""
+    return engine(
+        smollm2,
+        max_num_seqs=3,
+        max_num_batched_tokens=1024,
+        additional_config={"pasta": {"heads": "smollm2-135m-instruct"}},
+    )

@@ -200,10 +200,9 @@ def test_bf16(layout, engine, tiny, tiny_oracle, monkeypatch):
     assert allowed < (unsteered - truth).abs().mean() / 3  # else the bound would prove nothing
 
 
-def test_smollm2(engine, smollm2, smollm2_oracle):
+def test_smollm2(smollm2_engine, smollm2_oracle):
     """The real model, real prompts, the default block size."""
-    llm = engine(smollm2, max_num_seqs=3, max_num_batched_tokens=1024)
-    tokenizer = llm.get_tokenizer()
+    tokenizer = smollm2_engine.get_tokenizer()
     heads = {layer: list(range(9)) for layer in range(20, 25)}
     facts = [
         ("Michael Jordan plays basketball", "Michael Jordan plays tennis", "Michael Jordan plays"),
@@ -239,7 +238,7 @@ def test_smollm2(engine, smollm2, smollm2_oracle):
                 )
             )
             expected.append(smollm2_oracle.generate(ids, 24, steering if steered else None))
-    outputs = [r.outputs[0] for r in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = [r.outputs[0] for r in smollm2_engine.generate(prompts, params, use_tqdm=False)]
     for output, (tokens, rows) in zip(outputs, expected, strict=True):
         assert list(output.token_ids) == tokens
         for row, got in zip(rows, output.logprobs, strict=True):

@@ -18,7 +18,7 @@ class SamplingParams(VllmSamplingParams):
 
     def __post_init__(self) -> None:
         if self.extra is not None:
-            extra_args = self.extra_args or {}
+            extra_args: dict[str, Any] = self.extra_args or {}  # type: ignore[has-type]
             if both := extra_args.keys() & self.extra.keys():
                 raise ValueError(f"extra and extra_args both give {', '.join(sorted(both))}")
             self.extra_args = {**extra_args, **self.extra}

@@ -1,0 +1,62 @@
+"""The run-time patches: upstream still is what they were written for, and the ledger is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration import plugin, upstream
+
+LEDGER = Path(__file__).parent.parent / "patches" / "README.md"
+
+
+@pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.target)
+def test_upstream_unchanged(patch):
+    """Fails when vLLM changes a wrapped function: read it again, then record its new digest."""
+    assert upstream.source_digest(patch) == patch.sha256
+
+
+def test_ledger_is_complete():
+    """One entry per patch, with every heading; none for what is gone."""
+    text = LEDGER.read_text(encoding="utf-8")
+    entries = re.split(r"^## ", text, flags=re.M)[1:]
+    assert {entry.split("`")[1] for entry in entries} == {p.target for p in upstream.PATCHES}
+    for entry in entries:
+        for heading in ("why", "how", "upstream status", "can go when"):
+            assert heading in entry.lower(), entry
+
+
+def test_register_twice():
+    """Idempotent: a second call wraps nothing twice."""
+    plugin.register()
+    functions = [upstream._function(*upstream._locate(p)) for p in upstream.PATCHES]
+    plugin.register()
+    assert functions == [upstream._function(*upstream._locate(p)) for p in upstream.PATCHES]
+
+
+def test_other_vllm_is_refused(monkeypatch):
+    """A vLLM that nothing was tested on does not start with us, rather than steer by luck."""
+    monkeypatch.setattr("vllm.__version__", "0.33.1")
+    with pytest.raises(UnsupportedError, match=r"0\.33\.1.*VLLM_PLUGINS"):
+        plugin.register()
+
+
+def test_switched_off():
+    """With VLLM_PLUGINS= nothing of vLLM is changed."""
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm_pasta.integration import upstream;"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
+        "print(upstream.is_applied(), E.CPU_ATTN.is_overridden())"
+    )
+    for plugins, answer in (("", "False False"), ("pasta", "True True"), ("other", "False False")):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PATH": "", "VLLM_PLUGINS": plugins},
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout.strip().splitlines()[-1:] == [answer], result.stderr
