@@ -70,16 +70,30 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(prompt, dict) and "type" in prompt:
-            # Admission again, now, as the server calls this before it sends any header: a
-            # streaming request too is refused with a status of 400.
-            sampling_params = self.input_processor.pasta_admission.admit(
-                sampling_params,
-                prompt.get("prompt_token_ids") if prompt["type"] == "token" else None,
-                prompt.get("prompt"),
-            )
+            sampling_params = _admit_rendered(self, prompt, sampling_params)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return generate
+
+
+def _generate_with_builtin_tools(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Only checked here: every tool call makes another prompt, which resolves anew.
+        bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        _admit_rendered(self.engine_client, bound["engine_input"], bound["sampling_params"])
+        return original(self, *args, **kwargs)
+
+    return generate_with_builtin_tools
+
+
+def _admit_rendered(engine: Any, prompt: Any, params: Any) -> Any:
+    """Admission of a rendered prompt, ahead of `process_inputs`."""
+    return engine.input_processor.pasta_admission.admit(
+        params,
+        prompt.get("prompt_token_ids") if prompt["type"] == "token" else None,
+        prompt.get("prompt"),
+    )
 
 
 def _block_hash_extra_keys(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,6 +171,12 @@ PATCHES = (
     Patch("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args, "0b7444570415"),
     Patch("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args, "51a013f61829"),
     Patch("vllm.v1.engine.async_llm:AsyncLLM.generate", _generate, "5bd0ee90459b", frontend=True),
+    Patch(
+        f"{_PROTOCOLS}.responses.serving:OpenAIServingResponses._generate_with_builtin_tools",
+        _generate_with_builtin_tools,
+        "82be6a64cb9c",
+        frontend=True,
+    ),
     Patch(
         f"{_PROTOCOLS}.completion.protocol:CompletionRequest.to_beam_search_params",
         _to_beam_search_params,
