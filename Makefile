@@ -1,0 +1,38 @@
+# `make` alone lists what there is. Everything runs in .venv, which the first target that needs it
+# makes: choose another interpreter with `make setup PYTHON=python3.12`.
+
+PYTHON ?= python3
+export PYTHON
+
+VENV := .venv
+STAMP := $(VENV)/.set-up
+PINNED := requirements/install-cpu.sh requirements/cpu.txt \
+	requirements/vllm-metadata/pyproject.toml pyproject.toml
+
+.PHONY: help setup demo test check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+
+setup: $(STAMP) ## install the pinned CPU stack into .venv
+
+# The stamp is written last, so that an interrupted set-up is taken up again.
+$(STAMP): $(PINNED)
+	@rm -f $@
+	requirements/install-cpu.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
+	$(VENV)/bin/vllm-pasta demo
+
+test: check ## linters, type checker, tests
+	$(VENV)/bin/pytest -q -ra --durations=10
+
+check: $(STAMP) ## linters and type checker
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## remove .venv and everything built; the converted model stays in its cache folder
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
