@@ -1,0 +1,254 @@
+"""Offline throughput with emphasis against plain vLLM: alternated runs, medians, ratios.
+
+Two engines run side by side, one of them stopped (SIGSTOP) while the other is timed: stock vLLM
+with the plugin switched off, and the same with it on. First it is checked that plain requests get
+the same tokens on both. Needs only the model; see --help.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Workload
+
+
+class Engine:
+    """An engine in a process group of its own, stopped unless it is asked."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        env = {
+            **os.environ,
+            "VLLM_PLUGINS": "pasta" if name == "pasta" else "",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
+        }
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.throughput_engine", json.dumps(vars(options))],
+            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self.info = self._read()
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self._signal(signal.SIGCONT)
+        time.sleep(0.05)
+        assert self.process.stdin is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self._read()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                answer: dict[str, Any] = json.loads(line[7:])
+                return answer
+        raise SystemExit(f"the {self.name} engine died; run with --verbose to see why")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All chosen workloads on both engines."""
+    engines = []
+    try:
+        for name in ("vllm", "pasta"):
+            say(f"starting {name} …")
+            engines.append(Engine(name, options))
+        plain, pasta = engines
+        check_equal(plain, pasta)
+        rows = []
+        for key in options.workloads:
+            rows.append({"workload": key, **compare(WORKLOADS[key], plain, pasta, options.runs)})
+            say(format_row(WORKLOADS[key], rows[-1]))
+        sweeps = {
+            name: [
+                {"x": x, **compare(workload, plain, pasta, options.sweep_runs)}
+                for x, workload in progress(name, points)
+            ]
+            for name, points in (SWEEPS.items() if options.sweep_runs else ())
+        }
+        reference = {}
+        if options.reference:
+            reference = compare_reference(pasta, options)
+        return {"rows": rows, "sweeps": sweeps, "reference": reference}
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def check_equal(plain: Engine, pasta: Engine) -> None:
+    """Plain requests get the same tokens on both; steered ones get others."""
+    short = Workload("check", 0, requests=8, prompt_tokens=256, output_tokens=32, steered=0)
+    answers = [engine.ask(batch=short.batch(0)) for engine in (plain, pasta)]
+    if answers[0]["tokens"] != answers[1]["tokens"]:
+        raise SystemExit("plain requests got other tokens with the plugin than without")
+    steered = Workload("check", 0, requests=8, prompt_tokens=256, output_tokens=32, heads=270)
+    batch = steered.batch(0)
+    if pasta.ask(batch=batch)["tokens"] == answers[1]["tokens"]:
+        raise SystemExit("emphasis changed no token")
+    say("checked: plain requests get the same tokens with and without the plugin")
+
+
+def compare(workload: Workload, plain: Engine, pasta: Engine, runs: int) -> dict[str, Any]:
+    """Times both, alternating. Plain vLLM gets the same prompts without emphasis."""
+    figures: dict[str, list[float]] = {"vllm": [], "pasta": []}
+    memory = {}
+    for i in range(runs + 1):  # the first run warms up
+        batch = workload.batch(seed=i)
+        without = [{**request, "emphasis": None} for request in batch]
+        order = [(plain, without), (pasta, batch)]
+        for engine, requests in order if i % 2 else reversed(order):
+            answer = engine.ask(batch=requests)
+            memory[engine.name] = answer["peak_rss_mib"]
+            if i == 0:
+                continue
+            if workload.measure == "latency":
+                ours = [
+                    s for s, r in zip(answer["seconds"], batch, strict=True) if not r["emphasis"]
+                ]
+                figures[engine.name].append(statistics.median(ours))
+            else:
+                tokens = sum(request["output_tokens"] for request in batch)
+                figures[engine.name].append(tokens / max(answer["seconds"]))
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    ratio = medians["pasta"] / medians["vllm"]
+    return {
+        "what": workload.what,
+        "unit": "s" if workload.measure == "latency" else "output tok/s",
+        **{name: round(value, 3) for name, value in medians.items()},
+        "ratio": round(1 / ratio if workload.measure == "latency" else ratio, 4),
+        "target": workload.target,
+        "spread": {name: [round(min(v), 3), round(max(v), 3)] for name, v in figures.items()},
+        "peak_rss_mib": memory,
+        "memory_ratio": round(memory["pasta"] / memory["vllm"], 4),
+    }
+
+
+def compare_reference(pasta: Engine, options: argparse.Namespace) -> dict[str, Any]:
+    """Times transformers with eager attention on the same prompts, once, warmed up, against us."""
+    from benchmarks.reference import Reference
+
+    reference = Reference(options.model, options.dtype)
+    rows = {}
+    for name, workload in progress("reference", REFERENCE.items()):
+        reference.run([{**r, "output_tokens": 2} for r in workload.batch(0)])
+        batch = workload.batch(1)
+        tokens = sum(request["output_tokens"] for request in batch)
+        theirs = tokens / max(reference.run(batch)["seconds"])
+        ours = tokens / statistics.median(
+            max(pasta.ask(batch=batch)["seconds"]) for _ in range(options.runs)
+        )
+        rows[name] = {
+            "what": workload.what, "reference": round(theirs, 2), "pasta": round(ours, 2),
+            "ratio": round(ours / theirs, 2), "target": workload.target,
+        }  # fmt: skip
+        say(f"{workload.what}: reference {theirs:.1f}, ours {ours:.1f} output tok/s")
+    return rows
+
+
+def progress(name: str, points: Iterable[Any]) -> Iterator[Any]:
+    points = list(points)
+    for i, point in enumerate(points):
+        say(f"{name}: {i + 1} of {len(points)} …")
+        yield point
+
+
+def format_row(workload: Workload, row: dict[str, Any]) -> str:
+    spread = row["spread"]
+    return (
+        f"| {workload.what} | {row['vllm']:.1f} ({spread['vllm'][0]:.1f}–{spread['vllm'][1]:.1f}) "
+        f"| {row['pasta']:.1f} ({spread['pasta'][0]:.1f}–{spread['pasta'][1]:.1f}) "
+        f"| **{row['ratio']:.3f}** | ≥ {row['target']:.2f} | {row['memory_ratio']:.3f} |"
+    )
+
+
+def hardware() -> dict[str, str]:
+    model = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {"cpu": model, "cores": str(len(os.sched_getaffinity(0))), "os": platform.system()}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="folder or name; default: SmolLM2-135M from its package")
+    parser.add_argument(
+        "--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME",
+        help=f"which of {', '.join(WORKLOADS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument(
+        "--sweep-runs", type=int, default=0,
+        help="also the plots' sweeps, with so many timed runs of each point (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", action="store_true",
+        help="also against transformers with eager attention (10 minutes)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--kv-cache-gib", type=int, default=2)
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    options = parser.parse_args()
+    if options.model is None:
+        from vllm_pasta.smollm2 import model_path
+
+        options.model = str(model_path())
+    started = time.time()
+    result = run(options)
+    result |= {
+        "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "versions": {n: version(n) for n in ("vllm-pasta", "vllm", "torch")},
+        "model": Path(options.model).name,
+        "dtype": options.dtype,
+        "torch_compile": not options.eager,
+        "runs": options.runs,
+        "seconds": round(time.time() - started),
+    }
+    print("| workload | plain vLLM | vllm-pasta | ratio | target | memory |")
+    print("|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        print(format_row(WORKLOADS[row["workload"]], row))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

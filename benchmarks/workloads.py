@@ -1,0 +1,113 @@
+"""What the throughput benchmark runs: requests as plain data, the same for both engines."""
+
+import math
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+LAYERS, HEADS = 30, 9  # SmolLM2-135M: query heads numbered over the whole model
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch of requests.
+
+    Attributes:
+        what: For the table.
+        target: Least output throughput, ours / plain; for "latency", least plain / ours.
+        requests, prompt_tokens, output_tokens: Sizes.
+        heads: How many query heads each steered request steers: up to 80 over 9 layers, more
+            over all 30.
+        emphasised_tokens: Per steered request.
+        steered: Share of requests that are steered.
+        distinct: Whether every request has other heads, alpha and spans.
+        measure: "throughput" of all requests, or "latency" of the plain ones.
+        mixed: Whether lengths vary as in chats; then the sizes are upper bounds.
+    """
+
+    what: str
+    target: float
+    requests: int = 32
+    prompt_tokens: int = 512
+    output_tokens: int = 64
+    heads: int = 27
+    emphasised_tokens: int = 20
+    steered: float = 1.0
+    distinct: bool = False
+    measure: str = "throughput"
+    mixed: bool = False
+
+    def batch(self, seed: int) -> list[dict[str, Any]]:
+        """Requests as ``{"ids": [...], "output_tokens": n, "emphasis": {...} | None}``.
+
+        Every seed gives new prompts, of the same lengths, marks and heads unless ``distinct``.
+        """
+        rng = random.Random(seed)
+        lengths = random.Random(0)
+        batch = []
+        for i in range(self.requests):
+            prompt_tokens, output_tokens = self.prompt_tokens, self.output_tokens
+            if self.mixed:
+                prompt_tokens = _length(lengths, median=160, most=prompt_tokens)
+                output_tokens = _length(lengths, median=100, most=output_tokens)
+            ids = [rng.randrange(100, 40_000) for _ in range(prompt_tokens)]
+            emphasis = None
+            if i < self.steered * self.requests:
+                pick = rng if self.distinct else random.Random(0)
+                start = pick.randrange(16, max(17, prompt_tokens // 2 - self.emphasised_tokens))
+                emphasis = {
+                    "spans": [[start, min(start + self.emphasised_tokens, prompt_tokens)]],
+                    "alpha": pick.choice([0.001, 0.01, 0.1]) if self.distinct else 0.01,
+                    "heads": _heads(self.heads, pick),
+                }
+            batch.append({"ids": ids, "output_tokens": output_tokens, "emphasis": emphasis})
+        rng.shuffle(batch)
+        return batch
+
+
+def _length(rng: random.Random, median: int, most: int) -> int:
+    """Log-normal, as the lengths of chats are."""
+    return min(most, max(24, round(median * math.exp(rng.gauss(0, 0.9)))))
+
+
+def _heads(count: int, rng: random.Random) -> dict[str, list[int]]:
+    if count == LAYERS * HEADS:
+        return {str(layer): list(range(HEADS)) for layer in range(LAYERS)}
+    layers = rng.sample(range(LAYERS), min(9 if count < 81 else 30, count))
+    return {str(layer): rng.sample(range(HEADS), count // len(layers)) for layer in layers}
+
+
+WORKLOADS = {
+    "plain": Workload("plugin on, no request steered", 0.99, steered=0.0),
+    "steered": Workload("all steered, 27 of 270 heads over 9 layers, 20 tokens", 0.97),
+    "long": Workload("the same, prompts of 2,048 tokens", 0.97, requests=8, prompt_tokens=2048),
+    "distinct": Workload("each with other heads, alpha and spans", 0.95, distinct=True),
+    "all-heads": Workload("all 270 heads steered", 0.85, heads=270),
+    "one-head": Workload("one head each (profiling)", 0.85, heads=1, distinct=True),
+    "half": Workload(
+        "half the requests steered: latency of the plain ones", 0.97, steered=0.5, measure="latency"
+    ),
+}
+
+_POINT = Workload("sweep", 0.0, output_tokens=32)
+
+SWEEPS: dict[str, list[tuple[int, Workload]]] = {
+    "prompt tokens": [
+        (n, replace(_POINT, prompt_tokens=n, requests=min(32, 16384 // n)))
+        for n in (128, 512, 1024, 2048, 3584)
+    ],
+    "steered heads, % of all": [
+        (round(100 * n / (LAYERS * HEADS)), replace(_POINT, heads=n)) for n in (9, 27, 81, 270)
+    ],
+    "emphasised tokens": [(n, replace(_POINT, emphasised_tokens=n)) for n in (1, 20, 80, 230)],
+    "steered requests, %": [(n, replace(_POINT, steered=n / 100)) for n in (0, 25, 50, 100)],
+}
+"""What the plots show: ratio against one size, the others as in the workload "steered"."""
+
+REFERENCE = {
+    "static": Workload("one batch of 32, 512 + 64 tokens", 4.5),
+    "mixed": Workload(
+        "chat-like mixed lengths", 8.0, prompt_tokens=1024, output_tokens=256, mixed=True
+    ),
+}
+"""What is also run on transformers; the target is ours / reference."""
