@@ -13,7 +13,20 @@ ROOT = Path(vllm_pasta.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each layer may import those before it. Nothing but entry points imports integration.
-CORE = ["_version", "errors", "envs", "heads", "emphasis", "spans", "plan", "kernels", "ops"]
+CORE = [
+    "_version",
+    "errors",
+    "envs",
+    "heads",
+    "marks",
+    "markup",
+    "emphasis",
+    "spans",
+    "chat",
+    "plan",
+    "kernels",
+    "ops",
+]
 
 
 def imports(path):

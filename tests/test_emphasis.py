@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_pasta import Emphasis, EmphasisError, HeadSet, ResolvedEmphasis
 from vllm_pasta.emphasis import has_emphasis, union
+from vllm_pasta.marks import Mark
 
 HEADS = HeadSet.from_json({"1": [0]})
 
@@ -22,20 +23,38 @@ HEADS = HeadSet.from_json({"1": [0]})
         ({}, None),
         ({"theirs": 1}, None),
         ({"emphasis": None}, None),
-        ({"emphasis": "a b"}, Emphasis(text=("a b",))),
-        ({"emphasis": ["a", "b"]}, Emphasis(text=("a", "b"))),
-        ({"emphasis": {"text": "a"}}, Emphasis(text=("a",))),
+        ({"emphasis": "a b"}, Emphasis(marks=(Mark("a b"),))),
+        ({"emphasis": ["a", "b"]}, Emphasis(marks=(Mark("a"), Mark("b")))),
+        ({"emphasis": {"text": "a"}}, Emphasis(marks=(Mark("a"),))),
         ({"emphasis": {"spans": [[0, 2], (5, 6)]}}, Emphasis(spans=((0, 2), (5, 6)))),
-        ({"emphasis": {"text": ["a"], "spans": [[0, 2]]}}, Emphasis(((0, 2),), ("a",))),
-        ({"emphasis": {"text": "a", "alpha": 2}}, Emphasis(text=("a",), alpha=2.0)),
-        ({"emphasis": {"text": "a", "heads": "name"}}, Emphasis(text=("a",), heads="name")),
-        ({"emphasis": {"text": "a", "heads": {"1": [0]}}}, Emphasis(text=("a",), heads=HEADS)),
-        ({"emphasis": {"text": "a", "alpha": None, "heads": None}}, Emphasis(text=("a",))),
+        ({"emphasis": {"text": ["a"], "spans": [[0, 2]]}}, Emphasis(((0, 2),), (Mark("a"),))),
+        ({"emphasis": {"text": "a", "alpha": 2}}, Emphasis(marks=(Mark("a"),), alpha=2.0)),
+        ({"emphasis": {"text": "a", "heads": "name"}}, Emphasis(marks=(Mark("a"),), heads="name")),
+        (
+            {"emphasis": {"text": "a", "heads": {"1": [0]}}},
+            Emphasis(marks=(Mark("a"),), heads=HEADS),
+        ),
+        ({"emphasis": {"text": "a", "alpha": None, "heads": None}}, Emphasis(marks=(Mark("a"),))),
         ({"emphasis": '{"spans": [[1, 2]], "alpha": 0.5}'}, Emphasis(((1, 2),), alpha=0.5)),
-        ({"emphasis": "{braces} are text"}, Emphasis(text=("{braces} are text",))),
+        ({"emphasis": "{braces} are text"}, Emphasis(marks=(Mark("{braces} are text"),))),
+        ({"emphasis": {"text": {"text": "a"}}}, Emphasis(marks=(Mark("a"),))),
+        (
+            {"emphasis": ["a", {"text": "b", "occurrence": "last"}, {"role": "system"}]},
+            Emphasis(marks=(Mark("a"), Mark("b", "last"), Mark(role="system"))),
+        ),
+        (
+            {"emphasis": {"chars": [[1, 4], {"message": -1, "chars": [0, 2]}]}},
+            Emphasis(marks=(Mark(chars=(1, 4)), Mark(chars=(0, 2), message=-1))),
+        ),
+        ({"emphasis": {"markup": "tag"}}, Emphasis(markup="tag")),
+        (
+            {"emphasis": {"markup": "markdown", "keep_marks": False}},
+            Emphasis(markup="markdown", keep_marks=False),
+        ),
+        ({"emphasis": "a", "emphasis_markup": "off"}, Emphasis(marks=(Mark("a"),), markup="off")),
         (
             {"emphasis": "a", "emphasis_alpha": 0.1, "emphasis_heads": '{"1": [0]}'},
-            Emphasis(text=("a",), alpha=0.1, heads=HEADS),
+            Emphasis(marks=(Mark("a"),), alpha=0.1, heads=HEADS),
         ),
     ],
 )
@@ -53,7 +72,36 @@ def test_read(extra_args, expected):
         ({}, "emphasis", "got neither"),
         ({"text": []}, "emphasis", "got neither"),
         ({"alpha": 0.1}, "emphasis", "got neither"),
-        ({"txt": "a"}, "emphasis", "unknown field 'txt'; known are spans, text, alpha, heads"),
+        (
+            {"txt": "a"},
+            "emphasis",
+            "unknown field 'txt'; known are spans, text, chars, markup, keep_marks, alpha, heads",
+        ),
+        ({"markup": "off"}, "emphasis", "got neither"),
+        ({"markup": "html"}, "emphasis.markup", "tag, markdown, off"),
+        ({"markup": "tag", "keep_marks": True}, "emphasis.keep_marks", "never stay"),
+        ({"markup": "markdown", "keep_marks": 1}, "emphasis.keep_marks", "got 1"),
+        ({"chars": 3}, "emphasis.chars", "got 3"),
+        ({"chars": [[3, 1]]}, "emphasis.chars[0]", "start < end"),
+        ({"chars": ["ab"]}, "emphasis.chars[0]", "character positions"),
+        ({"text": [{}]}, "emphasis.text[0]", "got none"),
+        ({"text": [{"txt": "a"}]}, "emphasis.text[0]", "unknown field 'txt'"),
+        ({"text": [{"text": 1}]}, "emphasis.text[0].text", "got 1"),
+        ({"text": [{"text": "a", "chars": [0, 1]}]}, "emphasis.text[0]", "got both"),
+        ({"text": [{"message": 0, "role": "user"}]}, "emphasis.text[0]", "got both"),
+        ({"text": [{"message": 0, "occurrence": 1}]}, "emphasis.text[0]", "goes with text"),
+        ({"text": [{"message": "0"}]}, "emphasis.text[0].message", "got '0'"),
+        ({"text": [{"role": 1}]}, "emphasis.text[0].role", "got 1"),
+        (
+            {"text": [{"text": "a", "occurrence": "first"}]},
+            "emphasis.text[0].occurrence",
+            "got 'first'",
+        ),
+        (
+            {"text": [{"text": "a", "occurrence": -1}]},
+            "emphasis.text[0].occurrence",
+            "from 0 on",
+        ),
         ({"text": 3}, "emphasis.text", "got 3"),
         ({"text": ["a", 3]}, "emphasis.text[1]", "got 3"),
         ({"text": [""]}, "emphasis.text[0]", "got ''"),
@@ -111,7 +159,11 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["text", "spans", "alpha", "heads", "0", "x"]), inner, max_size=4
+            st.sampled_from(
+                ["text", "spans", "chars", "markup", "message", "role", "alpha", "heads", "0", "x"]
+            ),
+            inner,
+            max_size=4,
         )
     ),
     max_leaves=12,

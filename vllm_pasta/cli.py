@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_pasta import demo
+from vllm_pasta import demo, explain
 from vllm_pasta._version import __version__
 from vllm_pasta.errors import PastaError
 
@@ -23,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)
+    command = commands.add_parser(
+        "explain",
+        help="which tokens an emphasis marks, without running a model",
+        description=explain.DESCRIPTION,
+    )
+    explain.add_arguments(command)
+    command.set_defaults(run=explain.run)
     return top
 
 

@@ -13,18 +13,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-from vllm_pasta.errors import EmphasisError, HeadSetError
+from vllm_pasta.errors import EmphasisError, HeadSetError, show
 from vllm_pasta.heads import HeadSet
+from vllm_pasta.marks import Mark, parse_chars, parse_range, parse_texts
 
 MAX_SPANS = 256
-"""Most spans and texts that one request may carry."""
+"""Most spans and marks that one request may carry, and most ranges they may come to."""
 
-FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads"}
+FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads", "emphasis_markup": "markup"}
 """Keys beside ``emphasis`` in ``extra_args``, for transports that carry scalars and flat lists."""
 
 KEY = "emphasis"
 
+MARKUPS = ("tag", "markdown", "off")
+
 Span = tuple[int, int]
+
+
+RETURN_KEY = "return_emphasis"
+"""Key in ``extra_args``: whether the response says what was emphasised."""
+
+
+def is_ours(key: Any) -> bool:
+    """Whether a key of ``extra_args`` is meant for us, known or misspelt."""
+    return isinstance(key, str) and (key.startswith(KEY) or key == RETURN_KEY)
 
 
 def has_emphasis(extra_args: Mapping[str, Any] | None) -> bool:
@@ -41,13 +53,18 @@ class Emphasis:
 
     Attributes:
         spans: Token ranges ``(start, end)`` of the prompt's token ids, half open.
-        text: Strings to find in the prompt as the model sees it; the first occurrence counts.
+        marks: What to find in the prompt, from the fields ``text`` and ``chars``.
+        markup: Which markup in the text itself to read: "tag", "markdown", "off"; None means the
+            server's.
+        keep_marks: Whether Markdown's stars stay in the text; None means the server's.
         alpha: Scale factor for the other prompt tokens; None means the server's.
         heads: A head set, or the name of one known to the server; None means the server's.
     """
 
     spans: tuple[Span, ...] = ()
-    text: tuple[str, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    markup: str | None = None
+    keep_marks: bool | None = None
     alpha: float | None = None
     heads: HeadSet | str | None = None
 
@@ -76,17 +93,26 @@ class Emphasis:
                 raise EmphasisError(f"given twice, here and as emphasis.{name}", field=key)
             fields[name] = extra_args[key]
         spans = _spans(fields.get("spans"))
-        text = _text(fields.get("text"))
-        if not spans and not text:
+        marks = (
+            *parse_texts(fields.get("text"), "emphasis.text"),
+            *parse_chars(fields.get("chars"), "emphasis.chars"),
+        )
+        markup = _markup(fields.get("markup"))
+        if not spans and not marks and markup in (None, "off"):
             raise EmphasisError(
-                "expected something to emphasise in `text` or `spans`, got neither", field=KEY
-            )
-        if len(spans) + len(text) > MAX_SPANS:
-            raise EmphasisError(
-                f"expected at most {MAX_SPANS} spans and texts, got {len(spans) + len(text)}",
+                "expected something to emphasise in `text`, `chars` or `spans`, or `markup`; "
+                "got neither",
                 field=KEY,
             )
-        return cls(spans, text, _alpha(fields.get("alpha")), _heads(fields.get("heads")))
+        check_count(len(spans) + len(marks))
+        return cls(
+            spans,
+            marks,
+            markup,
+            _keep_marks(fields.get("keep_marks"), markup),
+            _alpha(fields.get("alpha")),
+            _heads(fields.get("heads")),
+        )
 
 
 @dataclass(frozen=True)
@@ -112,8 +138,8 @@ class ResolvedEmphasis:
 
     @property
     def is_plain(self) -> bool:
-        """Whether steering changes nothing: alpha is 1, or the whole prompt is emphasised."""
-        return self.alpha == 1.0 or self.spans == ((0, self.prompt_len),)
+        """Whether steering changes nothing: alpha is 1, or nothing or everything is emphasised."""
+        return self.alpha == 1.0 or self.spans in ((), ((0, self.prompt_len),))
 
     @cached_property
     def digest(self) -> str:
@@ -161,14 +187,14 @@ def _fields(value: Any) -> dict[str, Any]:
         return {"text": value}
     if not isinstance(value, Mapping):
         raise EmphasisError(
-            "expected an object with `text` or `spans`, a string, or a list of strings; "
-            f"got {_show(value)}",
+            "expected an object with `text`, `chars` or `spans`, a string, or a list of marks; "
+            f"got {show(value)}",
             field=KEY,
         )
-    known = ("spans", "text", "alpha", "heads")
+    known = ("spans", "text", "chars", "markup", "keep_marks", "alpha", "heads")
     if unknown := [key for key in value if key not in known]:
         raise EmphasisError(
-            f"unknown field {_show(unknown[0])}; known are {', '.join(known)}", field=KEY
+            f"unknown field {show(unknown[0])}; known are {', '.join(known)}", field=KEY
         )
     return dict(value)
 
@@ -189,51 +215,37 @@ def _spans(value: Any) -> tuple[Span, ...]:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise EmphasisError(
-            f"expected [[start, end], …], got {_show(value)}", field="emphasis.spans"
+            f"expected [[start, end], …], got {show(value)}", field="emphasis.spans"
         )
-    spans = []
-    for i, item in enumerate(value):
-        field = f"emphasis.spans[{i}]"
-        if (
-            not isinstance(item, Sequence)
-            or isinstance(item, str | bytes)
-            or len(item) != 2
-            or not all(isinstance(x, int) and not isinstance(x, bool) for x in item)
-        ):
-            raise EmphasisError(
-                f"expected [start, end], two token positions, got {_show(item)}", field=field
-            )
-        start, end = item
-        if start < 0 or end < 0:
-            raise EmphasisError(
-                f"expected positions from 0 on, got {_show(list(item))}; "
-                "count from the prompt's first token",
-                field=field,
-            )
-        if start >= end:
-            raise EmphasisError(
-                f"expected start < end (half open), got {_show(list(item))}", field=field
-            )
-        spans.append((start, end))
-    return tuple(spans)
+    return tuple(parse_range(item, f"emphasis.spans[{i}]", "token") for i, item in enumerate(value))
 
 
-def _text(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, Sequence):
-        raise EmphasisError(
-            f"expected a string or a list of strings, got {_show(value)}", field="emphasis.text"
-        )
-    for i, item in enumerate(value):
-        field = f"emphasis.text[{i}]"
-        if not isinstance(item, str):
-            raise EmphasisError(f"expected a string, got {_show(item)}", field=field)
-        if not item.strip():
-            raise EmphasisError(f"expected text with words in it, got {_show(item)}", field=field)
-    return tuple(value)
+def _markup(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value in MARKUPS):
+        return value
+    raise EmphasisError(
+        f"expected one of {', '.join(MARKUPS)}, got {show(value)}", field="emphasis.markup"
+    )
+
+
+def _keep_marks(value: Any, markup: str | None) -> bool | None:
+    if value is None or isinstance(value, bool):
+        if value is not None and markup == "tag":
+            raise EmphasisError(
+                "tags never stay; this is for markdown", field="emphasis.keep_marks"
+            )
+        return value
+    raise EmphasisError(f"expected true or false, got {show(value)}", field="emphasis.keep_marks")
+
+
+def check_count(count: int) -> None:
+    """Checks a number of spans and marks.
+
+    Raises:
+        EmphasisError: more than `MAX_SPANS`.
+    """
+    if count > MAX_SPANS:
+        raise EmphasisError(f"expected at most {MAX_SPANS} spans and marks, got {count}", field=KEY)
 
 
 def _alpha(value: Any) -> float | None:
@@ -258,7 +270,7 @@ def parse_alpha(value: Any) -> float:
             alpha = math.inf
         if math.isfinite(alpha) and alpha > 0:
             return alpha
-    raise ValueError(f"expected a finite number above 0, got {_show(value)}")
+    raise ValueError(f"expected a finite number above 0, got {show(value)}")
 
 
 def _heads(value: Any) -> HeadSet | str | None:
@@ -271,8 +283,3 @@ def _heads(value: Any) -> HeadSet | str | None:
         return HeadSet.from_json(value)
     except HeadSetError as e:
         raise EmphasisError(str(e), field="emphasis.heads") from None
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -7,6 +7,8 @@ PastaError
 └── UnsupportedError  (RuntimeError)  this engine cannot steer
 """
 
+from typing import Any
+
 
 class PastaError(Exception):
     """Base of everything that vllm-pasta raises on purpose."""
@@ -35,3 +37,9 @@ class ConfigError(PastaError, ValueError):
 
 class UnsupportedError(PastaError, RuntimeError):
     """The engine runs in a way in which emphasis cannot be honoured."""
+
+
+def show(value: Any) -> str:
+    """What came, for a message: its repr, shortened."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

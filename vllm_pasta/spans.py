@@ -1,32 +1,106 @@
 """From text to token ranges. Pure Python: a tokenizer comes in as a callable."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from vllm_pasta.emphasis import Span
 from vllm_pasta.errors import EmphasisError
+from vllm_pasta.marks import Occurrence
 
 Offsets = Sequence[tuple[int, int]]
 """Per token, the half-open range of characters that it stands for; empty for special tokens."""
 
 
-def find_text(prompt: str, text: str, field: str = "emphasis.text") -> Span:
-    """Character range of the first occurrence of ``text`` in ``prompt``.
+@dataclass(frozen=True)
+class Tokenized:
+    """A prompt's text, and which of its characters each token stands for.
+
+    Attributes:
+        text: The prompt's text, special tokens included, before any truncation.
+        offsets: One range of ``text`` per prompt token.
+        window: Range of ``text`` that the tokens cover: all of it, unless it was truncated.
+    """
+
+    text: str
+    offsets: Offsets
+    window: tuple[int, int]
+
+    def tokens(self, start: int, end: int, field: str) -> Span:
+        """Token range of all tokens that lie wholly or partly in characters ``[start, end)``.
+
+        Raises:
+            EmphasisError: no token does, or the characters were cut off by truncation.
+        """
+        if end > len(self.text):
+            raise EmphasisError(
+                f"expected an end of at most {len(self.text)}, the number of characters, "
+                f"got [{start}, {end}]",
+                field=field,
+            )
+        if start < self.window[0] or end > self.window[1]:
+            raise EmphasisError(
+                f"characters {start} to {end} were cut off by truncate_prompt_tokens: what is left "
+                f"of the prompt are characters {self.window[0]} to {self.window[1]}",
+                field=field,
+            )
+        if not self.text[start:end].strip():
+            raise EmphasisError(
+                f"nothing but white space to emphasise in {self.text[start:end]!r}", field=field
+            )
+        inside = [i for i, (a, b) in enumerate(self.offsets) if a < end and b > start and a < b]
+        if not inside:
+            raise EmphasisError("no token of the prompt stands for this text", field=field)
+        return inside[0], inside[-1] + 1
+
+
+def find(
+    text: str,
+    needle: str,
+    occurrence: Occurrence = 0,
+    window: tuple[int, int] | None = None,
+    field: str = "emphasis.text",
+) -> list[tuple[int, int]]:
+    """Character ranges of ``needle`` in ``text``; occurrences do not overlap.
+
+    Args:
+        text: Where to look.
+        needle: What for, letter for letter.
+        occurrence: Which one, from 0; or "last", or "all".
+        window: Only within this range of ``text``.
+        field: For the message.
 
     Raises:
-        EmphasisError: not in the prompt; shows where it comes closest.
+        EmphasisError: not there (shows where it comes closest), or not as often.
     """
-    start = prompt.find(text)
-    if start < 0:
-        hint = closest(prompt, text)
+    begin, end = window or (0, len(text))
+    starts = []
+    position = text.find(needle, begin, end)
+    while position >= 0:
+        starts.append(position)
+        if occurrence == len(starts) - 1:
+            break
+        position = text.find(needle, position + len(needle), end)
+    if not starts:
+        hint = closest(text[begin:end], needle)
         raise EmphasisError(
-            f"{_quote(text)} is not in the prompt"
+            f"{_quote(needle)} is not in the prompt"
             + (f"; closest is {_quote(hint)}" if hint else "")
             + ". The prompt is searched as the model sees it, after the chat template, "
             "letter for letter",
             field=field,
         )
-    return start, start + len(text)
+    if occurrence == "last":
+        starts = starts[-1:]
+    elif occurrence != "all":
+        if occurrence >= len(starts):
+            raise EmphasisError(
+                f"{_quote(needle)} occurs {len(starts)} times, so occurrence (from 0) is at most "
+                f"{len(starts) - 1}, got {occurrence}",
+                field=field,
+            )
+        starts = [starts[occurrence]]
+    return [(start, start + len(needle)) for start in starts]
 
 
 def closest(prompt: str, text: str, *, limit: int = 100_000) -> str:
@@ -45,21 +119,34 @@ def closest(prompt: str, text: str, *, limit: int = 100_000) -> str:
     return prompt[start : start + len(text)].strip()
 
 
-def to_tokens(offsets: Offsets, start: int, end: int, field: str = "emphasis.text") -> Span:
-    """Token range of all tokens that lie wholly or partly in characters ``[start, end)``.
+def align(
+    text: str, token_ids: Sequence[int], encoded_ids: Sequence[int], encoded_offsets: Offsets
+) -> Tokenized | None:
+    """Matches a prompt's tokens with those of its whole text.
 
-    Raises:
-        EmphasisError: no token does.
+    The prompt's may have lost some at the start or the end by truncation, but for up to two
+    special tokens there.
+
+    Returns:
+        None where they do not match.
     """
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and a < b]
-    if not inside:
-        raise EmphasisError("no token of the prompt stands for this text", field=field)
-    return inside[0], inside[-1] + 1
+    ids, encoded = list(token_ids), list(encoded_ids)
+    n, offsets = len(ids), list(encoded_offsets)
+    if ids == encoded:
+        return Tokenized(text, offsets, (0, len(text)))
+    if not 0 < n < len(encoded):
+        return None
+    for kept in range(min(3, n)):
+        rest = n - kept
+        if ids[:kept] == encoded[:kept] and ids[kept:] == encoded[-rest:]:
+            return Tokenized(text, offsets[:kept] + offsets[-rest:], (offsets[-rest][0], len(text)))
+        if ids[:rest] == encoded[:rest] and ids[rest:] == (encoded[-kept:] if kept else []):
+            cut = offsets[:rest] + (offsets[-kept:] if kept else [])
+            return Tokenized(text, cut, (0, offsets[rest - 1][1]))
+    return None
 
 
-def decoded_offsets(
-    token_ids: Sequence[int], decode: Callable[[list[int]], str]
-) -> tuple[str, list[tuple[int, int]]]:
+def decoded(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> Tokenized:
     """Text and offsets of token ids for which there is no text.
 
     Tokens that only together make up a character (byte-level tokenizers) share its range. Decodes
@@ -69,9 +156,6 @@ def decoded_offsets(
     Args:
         token_ids: The prompt, ``n`` tokens.
         decode: Token ids to text, special tokens kept.
-
-    Returns:
-        The text, and ``n`` character ranges in it.
     """
     ids = list(token_ids)
     text = ""
@@ -86,7 +170,7 @@ def decoded_offsets(
             offsets += [(len(text), len(text) + len(chunk))] * (i + 1 - len(offsets))
             text += chunk
             prefix, read = read, i + 1
-    return text, offsets
+    return Tokenized(text, offsets, (0, len(text)))
 
 
 def _quote(text: str) -> str:

@@ -5,19 +5,20 @@ leaves carries a resolved emphasis under ``WIRE_KEY``, or none at all.
 """
 
 import copy
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_pasta.emphasis import KEY, MAX_SPANS, Emphasis, ResolvedEmphasis, has_emphasis, union
+from vllm_pasta.emphasis import KEY, Emphasis, ResolvedEmphasis, has_emphasis, is_ours
 from vllm_pasta.errors import EmphasisError, HeadSetError
 from vllm_pasta.heads import HeadSet
-from vllm_pasta.integration import support
+from vllm_pasta.integration import observe, support
 from vllm_pasta.integration.config import PastaConfig
-from vllm_pasta.spans import Offsets, decoded_offsets, find_text, to_tokens
+from vllm_pasta.locate import CHAT_KEY, Located, Locator
+from vllm_pasta.markup import Markup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,15 +31,40 @@ class Admitted(dict[str, Any]):
     """A resolved emphasis in wire form that `Admission` itself made; users cannot send one."""
 
 
+def _extra_args(params: Any) -> Mapping[str, Any]:
+    return getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+
+
 class AdmissionError(VLLMValidationError, EmphasisError):
     """A refused request: HTTP 400 on the server, a ``ValueError`` offline."""
 
-    def __init__(self, message: str) -> None:
-        VLLMValidationError.__init__(self, message)
-        self.field = None
+    def __init__(self, error: EmphasisError) -> None:
+        VLLMValidationError.__init__(self, str(error))
+        self.field = error.field
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What became of a request's emphasis.
+
+    Attributes:
+        emphasis: Ready to run.
+        located: Its token ranges, with the prompt's text and offsets where they were needed.
+    """
+
+    emphasis: ResolvedEmphasis
+    located: Located
+
+    def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """The emphasised token ranges and their text, for people."""
+        ids = self.located.token_ids
+        return [
+            {"tokens": [start, end], "text": decode(ids[start:end])}
+            for start, end in self.emphasis.spans
+        ]
 
 
 class Admission:
@@ -54,34 +80,24 @@ class Admission:
     """
 
     def __init__(self, vllm_config: "VllmConfig", get_tokenizer: Callable[[], Any]) -> None:
-        self._config = PastaConfig.of(vllm_config)
-        self._get_tokenizer = get_tokenizer
-        self._tokenizer: Any = None
-        self._lock = threading.Lock()
-        if self._config is not None:
+        self.config = PastaConfig.of(vllm_config)
+        self.locator = Locator(get_tokenizer)
+        self.num_layers = self.num_heads = 0
+        if self.config is not None:
             support.check_engine(vllm_config)
             model, parallel = vllm_config.model_config, vllm_config.parallel_config
-            self._num_layers = model.get_total_num_hidden_layers()
-            self._num_heads = (
-                model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
-            )
-            if self._config.heads is not None:
-                self._config.heads.check(self._num_layers, self._num_heads)
+            self.num_layers = model.get_total_num_hidden_layers()
+            self.num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
+            if self.config.heads is not None:
+                self.config.heads.check(self.num_layers, self.num_heads)
 
-    def admit(
-        self,
-        params: Any,
-        token_ids: Sequence[int] | None,
-        text: str | None,
-        *,
-        resumable: bool = False,
-    ) -> Any:
+    def admit(self, params: Any, prompt: dict[str, Any], *, resumable: bool = False) -> Any:
         """Resolves ``params``' emphasis for one prompt.
 
         Args:
             params: The request's; never changed.
-            token_ids: The prompt's.
-            text: The prompt's text, if known; need not be what was tokenised.
+            prompt: The rendered prompt (vLLM's ``EngineInput``). Where markup is taken out of it,
+                its ``prompt`` and ``prompt_token_ids`` are replaced in place.
             resumable: Whether more prompt will follow.
 
         Returns:
@@ -90,117 +106,108 @@ class Admission:
         Raises:
             AdmissionError: the emphasis is malformed, or cannot be honoured.
         """
-        extra_args = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None)
-        if not extra_args or isinstance(extra_args.get(WIRE_KEY), Admitted):
+        extra_args = _extra_args(params)
+        if isinstance(extra_args.get(WIRE_KEY), Admitted):
             return params
-        if WIRE_KEY in extra_args:
-            raise AdmissionError(f"{WIRE_KEY} is reserved; send `{KEY}`")
-        if not has_emphasis(extra_args):
+        resolution = self.check(params, prompt, resumable=resumable)
+        if resolution is None:
             return params
-        try:
-            resolved = self._resolve(params, extra_args, token_ids, text, resumable)
-        except EmphasisError as e:
-            raise AdmissionError(str(e)) from None
         admitted = copy.copy(params)
-        admitted.extra_args = {k: v for k, v in extra_args.items() if not k.startswith(KEY)}
-        if not resolved.is_plain:
-            admitted.extra_args[WIRE_KEY] = Admitted(resolved.to_wire())
+        admitted.extra_args = {k: v for k, v in extra_args.items() if not is_ours(k)}
+        emphasis, located = resolution.emphasis, resolution.located
+        # An empty form says that there is nothing to steer, and that we have been here.
+        admitted.extra_args[WIRE_KEY] = Admitted({} if emphasis.is_plain else emphasis.to_wire())
+        if located.token_ids != prompt["prompt_token_ids"]:
+            assert located.tokenized is not None
+            prompt["prompt"] = located.tokenized.text
+            prompt["prompt_token_ids"] = located.token_ids
+            prompt.pop("prompt_token_offsets", None)
+        observe.resolved(resolution, self.locator.decode)
         return admitted
 
-    def _resolve(
+    def check(
+        self, params: Any, prompt: Mapping[str, Any], *, resumable: bool = False
+    ) -> Resolution | None:
+        """As `admit`, but changes nothing; None where no emphasis is asked for."""
+        extra_args = _extra_args(params)
+        try:
+            if WIRE_KEY in extra_args:
+                raise EmphasisError(f"reserved; send `{KEY}`", field=WIRE_KEY)
+            return self.resolve(params, extra_args, prompt, resumable=resumable)
+        except EmphasisError as e:
+            observe.refused(e.field)
+            raise AdmissionError(e) from None
+
+    def resolve(
         self,
         params: Any,
         extra_args: Mapping[str, Any],
-        token_ids: Sequence[int] | None,
-        text: str | None,
-        resumable: bool,
-    ) -> ResolvedEmphasis:
-        if self._config is None:
-            raise EmphasisError(
-                "this engine does not honour emphasis: start it with --plugin pasta, or with "
-                "additional_config={'pasta': {…}}",
-                field=KEY,
-            )
-        emphasis = Emphasis.parse(extra_args)
-        assert emphasis is not None
+        prompt: Mapping[str, Any],
+        *,
+        resumable: bool = False,
+    ) -> Resolution | None:
+        """As `check`, but counts nothing, and raises a plain `EmphasisError`."""
+        asked = has_emphasis(extra_args)
+        if self.config is None:
+            if asked:
+                raise EmphasisError(
+                    "this engine does not honour emphasis: start it with --plugin pasta, or with "
+                    "additional_config={'pasta': {…}}",
+                    field=KEY,
+                )
+            return None
+        text = prompt.get("prompt")
+        if not asked and not (isinstance(text, str) and self.config.markup.may_be_in(text)):
+            return None
+        emphasis = Emphasis.parse(extra_args) or Emphasis()
         if not isinstance(params, SamplingParams):
+            if not asked:
+                return None
             raise EmphasisError("expected a generation request, got a pooling request", field=KEY)
         if resumable:
             raise EmphasisError("a prompt that arrives in parts cannot be emphasised", field=KEY)
-        if token_ids is None:
-            raise EmphasisError("a prompt of embeddings cannot be emphasised", field=KEY)
-        heads = self._heads(emphasis.heads)
-        spans = list(emphasis.spans)
-        for i, (start, end) in enumerate(spans):
-            if end > len(token_ids):
-                raise EmphasisError(
-                    f"expected an end of at most {len(token_ids)}, the prompt's number of "
-                    f"tokens, got [{start}, {end}]",
-                    field=f"emphasis.spans[{i}]",
-                )
-        if emphasis.text:
-            prompt, offsets = self._offsets(token_ids, text)
-            for i, needle in enumerate(emphasis.text):
-                field = f"emphasis.text[{i}]"
-                spans.append(to_tokens(offsets, *find_text(prompt, needle, field), field))
-        assert len(spans) <= MAX_SPANS
-        return ResolvedEmphasis(
-            spans=union(spans),
-            alpha=self._config.alpha if emphasis.alpha is None else emphasis.alpha,
-            heads=heads,
-            prompt_len=len(token_ids),
+        if prompt.get("type") != "token":
+            raise EmphasisError(
+                f"expected a prompt of tokens, got one of type {prompt.get('type')}", field=KEY
+            )
+        markup = self.config.markup
+        if emphasis.markup is not None or emphasis.keep_marks is not None:
+            markup = Markup(
+                emphasis.markup or markup.kind,
+                markup.tag,
+                markup.keep_marks if emphasis.keep_marks is None else emphasis.keep_marks,
+            )
+        elif not isinstance(text, str):
+            markup = Markup()  # the server's default is for text
+        located = self.locator.locate(
+            emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY)
         )
+        alpha = self.config.alpha if emphasis.alpha is None else emphasis.alpha
+        heads = self._heads(emphasis.heads, needed=bool(located.spans))
+        resolved = ResolvedEmphasis(located.spans, alpha, heads, len(located.token_ids))
+        return Resolution(resolved, located)
 
-    def _heads(self, wanted: HeadSet | str | None) -> HeadSet:
-        assert self._config is not None
-        known = ", ".join(sorted(self._config.head_sets)) or "none"
-        sizes = f"this model has {self._num_layers} layers of {self._num_heads} query heads"
+    def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
+        assert self.config is not None
+        known = ", ".join(sorted(self.config.head_sets)) or "none"
+        sizes = f"this model has {self.num_layers} layers of {self.num_heads} query heads"
         if wanted is None:
-            if self._config.heads is None:
+            if self.config.heads is None and needed:
                 raise EmphasisError(
                     "no head set: the request gives none and the server has no default. Give "
                     f'{{"layer": [heads]}} or a name; known head sets: {known}; {sizes}',
                     field="emphasis.heads",
                 )
-            return self._config.heads
+            return self.config.heads or HeadSet(())
         if isinstance(wanted, str):
-            if wanted not in self._config.head_sets:
+            if wanted not in self.config.head_sets:
                 raise EmphasisError(
                     f"unknown head set {wanted!r:.80}; known head sets: {known}; {sizes}",
                     field="emphasis.heads",
                 )
-            wanted = self._config.head_sets[wanted]
+            wanted = self.config.head_sets[wanted]
         try:
-            wanted.check(self._num_layers, self._num_heads)
+            wanted.check(self.num_layers, self.num_heads)
         except HeadSetError as e:
             raise EmphasisError(f"{e}; known head sets: {known}", field="emphasis.heads") from None
         return wanted
-
-    def _offsets(self, token_ids: Sequence[int], text: str | None) -> tuple[str, Offsets]:
-        """The prompt's text as the model sees it, and each token's characters in it."""
-        ids = list(token_ids)
-        with self._lock:  # fast tokenizers cannot be shared between threads, so this is a copy
-            if self._tokenizer is None:
-                tokenizer = self._get_tokenizer()
-                if tokenizer is None:
-                    raise EmphasisError(
-                        "the engine runs without a tokenizer, so text cannot be found; "
-                        "give `spans`",
-                        field="emphasis.text",
-                    )
-                self._tokenizer = copy.deepcopy(tokenizer)
-            tokenizer = self._tokenizer
-
-            def decode(part: list[int]) -> str:
-                return str(tokenizer.decode(part, skip_special_tokens=False))
-
-            candidates = [decode(ids)] if text is None else [text, decode(ids)]
-            if getattr(tokenizer, "is_fast", False):
-                for candidate in candidates:
-                    for special in (True, False):
-                        encoded = tokenizer(
-                            candidate, add_special_tokens=special, return_offsets_mapping=True
-                        )
-                        if encoded["input_ids"] == ids:
-                            return candidate, encoded["offset_mapping"]
-            return decoded_offsets(ids, decode)

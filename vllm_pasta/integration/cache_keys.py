@@ -42,5 +42,5 @@ def request_emphasis(request: Any) -> ResolvedEmphasis | None:
     except AttributeError:
         params = request.sampling_params
         wire = ((params and params.extra_args) or {}).get(WIRE_KEY)
-        request._vllm_pasta = None if wire is None else ResolvedEmphasis.from_wire(wire)
+        request._vllm_pasta = ResolvedEmphasis.from_wire(wire) if wire else None
         return request._vllm_pasta  # type: ignore[no-any-return]

@@ -6,6 +6,8 @@ from typing import Any
 
 from vllm_pasta.integration.config import DEFAULT_ALPHA, KEY
 
+MIDDLEWARE = "vllm_pasta.integration.http.EmphasisMiddleware"
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds ``--plugin``, ``--pasta-heads`` and ``--pasta-alpha``."""
@@ -42,6 +44,12 @@ def merge_flags(args: argparse.Namespace, additional_config: dict[str, Any]) -> 
     if not given and KEY not in (getattr(args, "plugin", None) or ()):
         return additional_config
     return {**additional_config, KEY: {**(additional_config.get(KEY) or {}), **given}}
+
+
+def add_middleware(args: argparse.Namespace) -> None:
+    """Adds ours to ``--middleware``, where the command has that."""
+    if isinstance(getattr(args, "middleware", None), list) and MIDDLEWARE not in args.middleware:
+        args.middleware = [*args.middleware, MIDDLEWARE]
 
 
 def _plugin(name: str) -> str:

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_pasta.integration import support
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.rows import EmphasisRows, rows_of
-from vllm_pasta.ops import steered_attention
+from vllm_pasta.ops import prepare, steered_attention
 from vllm_pasta.plan import StepPlan
 
 
@@ -60,6 +60,7 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 support.check_layer(name, layers[name].impl, self.isa)
                 layers[name].impl.layer_index = extract_layer_index(name)
             self._rows = rows_of(vllm_config)
+            prepare()
 
     def build(
         self,
@@ -77,7 +78,7 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Runs the base's kernel, then overwrites the output of steered (row, head) pairs."""
+    """Runs the base's kernel, then steers the output of the steered (row, head) pairs, once."""
 
     layer_index: int  # over the whole model; set by the builder where emphasis is on
 

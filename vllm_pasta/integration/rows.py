@@ -94,4 +94,4 @@ class EmphasisRows(LogitsProcessor):
                 "was it built without vLLM's InputProcessor?"
             )
         wire = extra_args.get(WIRE_KEY)
-        return None if wire is None else ResolvedEmphasis.from_wire(wire)
+        return ResolvedEmphasis.from_wire(wire) if wire else None

@@ -35,7 +35,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "LoRA is on": vllm_config.lora_config is not None,
         "the engine runs on more than one worker": parallel.world_size > 1
         or parallel.data_parallel_size > 1,
-        f"the KV cache is {cache.cache_dtype}": cache.cache_dtype not in ("auto", "bfloat16"),
+        f"the KV cache is {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
         "the model has layers without attention": model.is_hybrid

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_pasta.emphasis import has_emphasis
+from vllm_pasta.emphasis import KEY, has_emphasis
+from vllm_pasta.errors import EmphasisError
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,19 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        if isinstance(prompt, dict) and "type" in prompt:
+            params = self.pasta_admission.admit(
+                params, prompt, resumable=kwargs.get("resumable", False)
+            )
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        # A raw prompt, vLLM's deprecated way: what it became is known afterwards.
         request = original(self, request_id, prompt, params, *args, **kwargs)
         params = request.sampling_params or request.pooling_params
-        admitted = self.pasta_admission.admit(
-            params,
-            request.prompt_token_ids if request.prompt_embeds is None else None,
-            prompt.get("prompt") if isinstance(prompt, dict) else None,
-            resumable=request.resumable,
-        )
+        rendered = {
+            "type": "token" if request.prompt_embeds is None else "embeds",
+            "prompt_token_ids": request.prompt_token_ids,
+        }
+        admitted = self.pasta_admission.admit(params, rendered, resumable=request.resumable)
         if admitted is not params:
             request.sampling_params = admitted
         return request
@@ -70,30 +76,62 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(prompt, dict) and "type" in prompt:
-            sampling_params = _admit_rendered(self, prompt, sampling_params)
+            sampling_params = self.input_processor.pasta_admission.admit(sampling_params, prompt)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return generate
 
 
 def _generate_with_builtin_tools(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_pasta.integration import observe
+
     @functools.wraps(original)
     def generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Only checked here: every tool call makes another prompt, which resolves anew.
         bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        _admit_rendered(self.engine_client, bound["engine_input"], bound["sampling_params"])
+        admission = self.engine_client.input_processor.pasta_admission
+        resolution = admission.check(bound["sampling_params"], bound["engine_input"])
+        if resolution is not None:
+            observe.reported(resolution, admission.locator.decode)
         return original(self, *args, **kwargs)
 
     return generate_with_builtin_tools
 
 
-def _admit_rendered(engine: Any, prompt: Any, params: Any) -> Any:
-    """Admission of a rendered prompt, ahead of `process_inputs`."""
-    return engine.input_processor.pasta_admission.admit(
-        params,
-        prompt.get("prompt_token_ids") if prompt["type"] == "token" else None,
-        prompt.get("prompt"),
-    )
+def _render_chat(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def render_chat(
+        self: Any, conversations: Any, chat_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        rendered, prompts = original(self, conversations, chat_params, *args, **kwargs)
+        _keep_conversations(self, conversations, chat_params, prompts)
+        return rendered, prompts
+
+    return render_chat
+
+
+def _render_chat_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def render_chat_async(
+        self: Any, conversations: Any, chat_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        rendered, prompts = await original(self, conversations, chat_params, *args, **kwargs)
+        _keep_conversations(self, conversations, chat_params, prompts)
+        return rendered, prompts
+
+    return render_chat_async
+
+
+def _keep_conversations(renderer: Any, conversations: Any, chat_params: Any, prompts: Any) -> None:
+    from vllm_pasta.chat import Chat
+    from vllm_pasta.locate import CHAT_KEY
+
+    def render(messages: Any) -> str | None:
+        text = renderer.render_messages(messages, chat_params)[1].get("prompt")
+        return text if isinstance(text, str) else None
+
+    for messages, prompt in zip(conversations, prompts, strict=True):
+        prompt[CHAT_KEY] = Chat(messages, render)
 
 
 def _block_hash_extra_keys(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +158,9 @@ def _to_beam_search_params(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_pasta.integration.admission import AdmissionError
 
         if has_emphasis(self.vllm_xargs):
-            raise AdmissionError("emphasis: beam search cannot be emphasised; leave out one")
+            raise AdmissionError(
+                EmphasisError("beam search cannot be emphasised; leave out one", field=KEY)
+            )
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
@@ -141,8 +181,9 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        from vllm_pasta.integration.cli_args import merge_flags
+        from vllm_pasta.integration.cli_args import add_middleware, merge_flags
 
+        add_middleware(args)  # the API server builds its app after its engine
         engine_args = original(cls, args)
         engine_args.additional_config = merge_flags(args, engine_args.additional_config)
         return engine_args
@@ -170,6 +211,8 @@ PATCHES = (
     ),
     Patch("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args, "0b7444570415"),
     Patch("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args, "51a013f61829"),
+    Patch("vllm.renderers.base:BaseRenderer.render_chat", _render_chat, "85953b9757cd"),
+    Patch("vllm.renderers.base:BaseRenderer.render_chat_async", _render_chat_async, "e2c5ef88107f"),
     Patch("vllm.v1.engine.async_llm:AsyncLLM.generate", _generate, "5bd0ee90459b", frontend=True),
     Patch(
         f"{_PROTOCOLS}.responses.serving:OpenAIServingResponses._generate_with_builtin_tools",

@@ -1,0 +1,121 @@
+"""Marks of chat messages, found in whatever a template makes of them."""
+
+import pytest
+
+from vllm_pasta import EmphasisError
+from vllm_pasta.chat import Chat, mark_messages, take_out
+from vllm_pasta.marks import Mark
+
+
+def joined(content):
+    return (
+        content
+        if isinstance(content, str)
+        else "\n".join(part["text"] for part in content if part["type"] == "text")
+    )
+
+
+def template(messages):
+    """Strips, adds words around, repeats the system message at the end."""
+    body = "".join(f"<{m['role']}>{joined(m['content']).strip()}</>" for m in messages)
+    system = [m for m in messages if m["role"] == "system"]
+    return body + "".join(f"remember: {joined(m['content']).strip()}" for m in system)
+
+
+MESSAGES = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": "Say hi. Then say hi again."},
+    {"role": "assistant", "content": "hi"},
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "First part."},
+            {"type": "image_url", "image_url": {"url": "x"}},
+            {"type": "text", "text": "Second part."},
+        ],
+    },
+    {"role": "tool", "content": None},
+]
+
+
+def marked(*marks, messages=MESSAGES[:4]):
+    chat = Chat(messages, template)
+    prompt = template([dict(m) for m in messages])
+    text, opening, closing = mark_messages(chat, marks, prompt)
+    text, enclosed, _ = take_out(text, opening, closing)
+    assert text == prompt
+    return [prompt[a:b] for a, b in enclosed]
+
+
+@pytest.mark.parametrize(
+    ("mark", "expected"),
+    [
+        (Mark(message=1), ["Say hi. Then say hi again."]),
+        (Mark(message=-2), ["hi"]),
+        (Mark(message=1, chars=(4, 6)), ["hi"]),
+        (Mark(message=1, chars=(3, 7)), ["hi."]),  # white space at the edge is left outside
+        (Mark("hi", message=1, occurrence="all"), ["hi", "hi"]),
+        (Mark("hi again", message=1), ["hi again"]),
+        (Mark(role="system"), ["Be brief.", "Be brief."]),  # wherever the template puts it
+        (Mark(role="user"), ["Say hi. Then say hi again.", "First part.", "Second part."]),
+        (Mark("part", role="user"), ["part"]),
+        (Mark("t.Second", message=3), ["t.", "Second"]),  # across parts: a range in each
+        (Mark(message=3, chars=(0, 5)), ["First"]),
+    ],
+)
+def test_places(mark, expected):
+    assert marked(mark) == expected
+
+
+def test_several_marks_overlap():
+    assert marked(Mark("Say hi", message=1), Mark("hi. Then", message=1), Mark(message=2)) == [
+        "Say hi. Then",
+        "hi",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [
+        (Mark(message=9), r"4 messages \(0 to 3\), got 9"),
+        (Mark(message=-5), "got -5"),
+        (Mark(role="critic"), "no message of role 'critic'; there are assistant, system, user"),
+        (Mark("bye", message=1), "'bye' is not in the prompt"),
+        (Mark("bye", role="user"), "'bye' is not in the prompt"),
+        (Mark(message=2, chars=(0, 3)), r"message 2 has 2 characters, got \[0, 3\]"),
+        (Mark(message=0, chars=(0, 1)), "nothing but white space"),
+    ],
+)
+def test_refused(mark, words):
+    with pytest.raises(EmphasisError, match=words):
+        marked(mark)
+
+
+def test_message_without_text():
+    with pytest.raises(EmphasisError, match="nothing but white space"):
+        mark_messages(Chat(MESSAGES, template), [Mark(message=4)], "")
+
+
+def test_template_without_text():
+    with pytest.raises(EmphasisError, match="gives no text"):
+        mark_messages(Chat(MESSAGES, lambda _: None), [Mark(message=1)], "")
+
+
+def test_messages_are_not_changed():
+    before = repr(MESSAGES)
+    marked(Mark(role="user"), Mark(role="system"))
+    assert repr(MESSAGES) == before
+
+
+def test_private_use_characters_in_the_prompt():
+    """The sentinels are characters that the prompt does not have."""
+    messages = [{"role": "user", "content": "\ue000 a \ue001 b"}]
+    assert marked(Mark("a", message=0), messages=messages) == ["a"]
+
+
+def test_take_out_moves_ranges():
+    assert take_out("a(b)c(d)e", "(", ")", [(0, 9), (5, 8)]) == (
+        "abcde",
+        [(1, 2), (3, 4)],
+        [(0, 5), (3, 4)],
+    )

@@ -1,0 +1,155 @@
+"""The HTTP surface: our fields at the top level of a body, and the report in a header."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_pasta import EmphasisError
+from vllm_pasta.integration import observe
+from vllm_pasta.integration.http import HEADER_LIMIT_BYTES, EmphasisMiddleware, header, rewrite
+
+
+def rewritten(**request):
+    body, wanted = rewrite(json.dumps(request).encode())
+    return json.loads(body), wanted
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "carried"),
+    [
+        ("a", "a"),
+        (["a", "b"], ["a", "b"]),
+        ({"text": "a"}, '{"text": "a"}'),
+        ([{"role": "user"}, "a"], '{"text": [{"role": "user"}, "a"]}'),
+        (5, 5),  # vLLM and admission say what is wrong with it
+    ],
+)
+def test_top_level_moves_into_xargs(emphasis, carried):
+    request, wanted = rewritten(model="m", emphasis=emphasis, vllm_xargs={"x": 1})
+    assert request == {"model": "m", "vllm_xargs": {"x": 1, "emphasis": carried}}
+    assert not wanted
+
+
+@pytest.mark.parametrize("value", [True, 1])
+def test_return_emphasis(value):
+    assert rewritten(return_emphasis=value, emphasis="a")[1]
+    request, wanted = rewritten(vllm_xargs={"return_emphasis": value, "emphasis": "a"})
+    assert wanted
+    assert request == {"vllm_xargs": {"emphasis": "a"}}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"emphasis": "a", "vllm_xargs": {"emphasis": "b"}},
+        {"emphasis": True},
+        {"return_emphasis": "yes", "emphasis": "a"},
+        {"return_emphasis": 2},
+    ],
+)
+def test_refused(request_):
+    with pytest.raises(EmphasisError):
+        rewrite(json.dumps(request_).encode())
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b'{"prompt": "a"}', b'{"prompt": "emphasis"', b'["emphasis"]', b"\xff"]
+)
+def test_other_bodies_pass_byte_for_byte(body):
+    assert rewrite(body) == (body, False)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@given(json_values, json_values, json_values)
+def test_any_json(emphasis, wanted, xargs):
+    """Rewritten, refused, or left to vLLM; nothing else, and never dropped."""
+    request = {"emphasis": emphasis, "return_emphasis": wanted, "vllm_xargs": xargs, "n": 1}
+    try:
+        body, _ = rewrite(json.dumps(request).encode())
+    except EmphasisError:
+        return
+    after = json.loads(body)
+    assert after["n"] == 1
+    if "emphasis" not in after and emphasis is not None:
+        assert after["vllm_xargs"]["emphasis"] is not None
+
+
+def test_header_fits():
+    """Long texts are cut, never the ranges; it is ASCII."""
+    entries = [
+        {"prompt": i, "emphasised": [{"tokens": [1, 9], "text": "é🎉" * 3000}]} for i in range(5)
+    ]
+    text = header(entries)
+    assert len(text) <= HEADER_LIMIT_BYTES
+    assert text.isascii()
+    assert [entry["emphasised"][0]["tokens"] for entry in json.loads(text)] == [[1, 9]] * 5
+    many = [{"prompt": 0, "emphasised": [{"tokens": [i, i + 1], "text": ""} for i in range(999)]}]
+    assert "999 ranges" in json.loads(header(many))["error"]
+
+
+def call(body, path="/v1/completions", app=None):
+    """One request through the middleware, its body in two pieces."""
+    seen, sent = {}, []
+
+    async def default(scope, receive, send):
+        seen["body"] = (await receive())["body"]
+        seen["headers"] = dict(scope["headers"])
+        if (entries := observe.report.get()) is not None:
+            entries.append({"prompt": 0, "emphasised": []})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run():
+        pieces = [body[:3], body[3:]]
+
+        async def receive():
+            piece = pieces.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "headers": [(b"content-length", str(len(body)).encode()), (b"x", b"y")],
+        }
+        await EmphasisMiddleware(app or default)(scope, receive, send)
+
+    asyncio.run(run())
+    return seen, sent
+
+
+def test_middleware():
+    seen, sent = call(json.dumps({"emphasis": {"text": "a"}, "return_emphasis": True}).encode())
+    assert json.loads(seen["body"]) == {"vllm_xargs": {"emphasis": '{"text": "a"}'}}
+    assert seen["headers"] == {b"content-length": str(len(seen["body"])).encode(), b"x": b"y"}
+    assert dict(sent[0]["headers"])[b"x-emphasis"] == b'[{"prompt": 0, "emphasised": []}]'
+    assert observe.report.get() is None
+
+
+def test_middleware_without_report():
+    _, sent = call(b'{"emphasis": "a"}')
+    assert sent[0]["headers"] == []
+
+
+def test_middleware_refuses():
+    seen, sent = call(b'{"emphasis": true}')
+    assert not seen
+    assert sent[0]["status"] == 400
+    assert json.loads(sent[1]["body"])["error"]["param"] == "emphasis"
+
+
+def test_other_paths_are_not_read():
+    seen, _ = call(b'{"emphasis": true}', path="/tokenize")
+    assert seen["body"] == b'{"e'

@@ -1,0 +1,168 @@
+"""Marks: what a user points at, before it is known which tokens that is.
+
+A mark names a place (the whole prompt, one chat message, every message of a role) and what of it
+(a text, a character range, or all). Written as a string, or as an object:
+
+    "Answer in JSON."
+    {"text": "JSON", "occurrence": "last"}
+    {"message": 0, "chars": [3, 9]}
+    {"message": -1, "text": "JSON"}
+    {"role": "system"}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm_pasta.errors import EmphasisError, show
+
+Occurrence = int | Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One mark.
+
+    Attributes:
+        text: A string to find; None means by ``chars``, or all of the place.
+        occurrence: Which of the places where ``text`` is found, from 0.
+        chars: Half-open character range.
+        message: Index of a chat message, negative from the end; None means the whole prompt.
+        role: Every chat message of this role.
+        field: What the user called it, for messages; not part of its identity.
+    """
+
+    text: str | None = None
+    occurrence: Occurrence = 0
+    chars: tuple[int, int] | None = None
+    message: int | None = None
+    role: str | None = None
+    field: str = field(default="emphasis", compare=False)
+
+    @property
+    def in_chat(self) -> bool:
+        """Whether the mark needs the conversation that the prompt was made from."""
+        return self.message is not None or self.role is not None
+
+
+def parse_texts(value: Any, where: str) -> tuple[Mark, ...]:
+    """A string, a mark object, or a list of both.
+
+    Raises:
+        EmphasisError: names the item.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str | Mapping):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise EmphasisError(
+            f"expected a string or a list of strings, got {show(value)}", field=where
+        )
+    return tuple(
+        Mark(text=_words(item, f"{where}[{i}]"), field=f"{where}[{i}]")
+        if isinstance(item, str)
+        else _mark(item, f"{where}[{i}]")
+        for i, item in enumerate(value)
+    )
+
+
+def parse_chars(value: Any, where: str) -> tuple[Mark, ...]:
+    """A list of ``[start, end]`` and mark objects.
+
+    Raises:
+        EmphasisError: names the item.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise EmphasisError(f"expected [[start, end], …], got {show(value)}", field=where)
+    return tuple(
+        _mark(item, f"{where}[{i}]")
+        if isinstance(item, Mapping)
+        else Mark(chars=parse_range(item, f"{where}[{i}]", "character"), field=f"{where}[{i}]")
+        for i, item in enumerate(value)
+    )
+
+
+def parse_range(value: Any, where: str, unit: str) -> tuple[int, int]:
+    """``[start, end]``: half open, not negative, not empty.
+
+    Raises:
+        EmphasisError: says what came.
+    """
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str | bytes)
+        or len(value) != 2
+        or not all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    ):
+        raise EmphasisError(
+            f"expected [start, end], two {unit} positions, got {show(value)}", field=where
+        )
+    start, end = value
+    if start < 0 or end < 0:
+        raise EmphasisError(
+            f"expected positions from 0 on, got {show(list(value))}; count from the first {unit}",
+            field=where,
+        )
+    if start >= end:
+        raise EmphasisError(
+            f"expected start < end (half open), got {show(list(value))}", field=where
+        )
+    return start, end
+
+
+def _mark(value: Any, where: str) -> Mark:
+    known = ("text", "occurrence", "chars", "message", "role")
+    if not isinstance(value, Mapping):
+        raise EmphasisError(
+            f"expected a string or an object of {', '.join(known)}; got {show(value)}", field=where
+        )
+    if unknown := [key for key in value if key not in known]:
+        raise EmphasisError(
+            f"unknown field {show(unknown[0])}; known are {', '.join(known)}", field=where
+        )
+    given = {key: item for key, item in value.items() if item is not None}
+    if not given:
+        raise EmphasisError(f"expected one of {', '.join(known)}, got none", field=where)
+    for one, other in (("text", "chars"), ("message", "role")):
+        if one in given and other in given:
+            raise EmphasisError(f"expected {one} or {other}, got both", field=where)
+    if "occurrence" in given and "text" not in given:
+        raise EmphasisError("occurrence goes with text", field=where)
+    message, role = given.get("message"), given.get("role")
+    if message is not None and (not isinstance(message, int) or isinstance(message, bool)):
+        raise EmphasisError(f"expected a number, got {show(message)}", field=f"{where}.message")
+    if role is not None and (not isinstance(role, str) or not role):
+        raise EmphasisError(f"expected a role's name, got {show(role)}", field=f"{where}.role")
+    return Mark(
+        text=_words(given["text"], f"{where}.text") if "text" in given else None,
+        occurrence=_occurrence(given.get("occurrence", 0), f"{where}.occurrence"),
+        chars=(
+            parse_range(given["chars"], f"{where}.chars", "character") if "chars" in given else None
+        ),
+        message=message,
+        role=role,
+        field=where,
+    )
+
+
+def _words(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise EmphasisError(f"expected a string, got {show(value)}", field=where)
+    if not value.strip():
+        raise EmphasisError(f"expected text with words in it, got {show(value)}", field=where)
+    return value
+
+
+def _occurrence(value: Any, where: str) -> Occurrence:
+    if value in ("all", "last") and isinstance(value, str):
+        return value  # type: ignore[return-value]
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise EmphasisError(
+        f'expected a number from 0 on, "all" or "last"; got {show(value)}', field=where
+    )
