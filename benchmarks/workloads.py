@@ -89,11 +89,11 @@ WORKLOADS = {
     ),
 }
 
-_POINT = Workload("sweep", 0.0, output_tokens=32)
+_POINT = Workload("sweep", 0.0, requests=16, output_tokens=24)
 
 SWEEPS: dict[str, list[tuple[int, Workload]]] = {
     "prompt tokens": [
-        (n, replace(_POINT, prompt_tokens=n, requests=min(32, 16384 // n)))
+        (n, replace(_POINT, prompt_tokens=n, requests=max(2, min(16, 12288 // n))))
         for n in (128, 512, 1024, 2048, 3584)
     ],
     "steered heads, % of all": [
@@ -107,7 +107,7 @@ SWEEPS: dict[str, list[tuple[int, Workload]]] = {
 REFERENCE = {
     "static": Workload("one batch of 32, 512 + 64 tokens", 4.5),
     "mixed": Workload(
-        "chat-like mixed lengths", 8.0, prompt_tokens=1024, output_tokens=256, mixed=True
+        "chat-like mixed lengths", 8.0, prompt_tokens=1024, output_tokens=192, mixed=True
     ),
 }
 """What is also run on transformers; the target is ours / reference."""

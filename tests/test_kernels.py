@@ -246,6 +246,47 @@ def test_16_bit_error_is_at_most_twice_plain_torch(name, dtype, layout, kernel):
     assert error(case.run(KERNELS[kernel]), truth) <= 2 * plain + tiny
 
 
+WHOLE = {
+    "one": Case([decode(17)]),
+    "mixed": Case(
+        [
+            decode(97, heads=(0, 3)),
+            decode(1025, prompt_len=900, heads=(2,), alpha=1e-4),
+            decode(130, heads=(0, 1, 2, 3), alpha=7.0),
+            decode(64, heads=()),
+        ]
+    ),
+    "a group of 8": Case([decode(300, heads=(1, 6)), decode(33)], num_heads=8, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "vec"), (torch.bfloat16, "amx")], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_layer(name, dtype, layout, kernel):
+    """All heads, those that are steered and the others; nothing is read of the output."""
+    case = recast(WHOLE[name], dtype, layout)
+    everywhere = replace(
+        case, requests=[replace(r, heads=tuple(range(case.num_heads))) for r in case.requests]
+    )
+    assert torch.equal(everywhere.query, case.query)
+
+    def dense(dtype):
+        steered = case.dense(dtype)
+        return torch.where(steered.isnan(), everywhere.dense(dtype, steered=False), steered)
+
+    truth = dense(torch.float64)
+    output = torch.full_like(case.query, float("nan"))
+    plan = case.plan()
+    assert plan.is_whole_decode
+    heads = plan.static.layers[LAYER]
+    KERNELS[kernel](case.query, case.kv_cache, output, plan, heads, case.scale, layout, True)
+    tiny = torch.finfo(dtype).eps * truth.abs().max().item()
+    assert error(output, truth) <= 2 * error(dense(dtype), truth) + tiny
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_result_holds_for_any_number_of_threads(threads):
     """Work that is split or scheduled wrongly for other numbers of threads."""

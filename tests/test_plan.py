@@ -47,3 +47,19 @@ def test_step_before_any_emphasised_token():
     table = torch.zeros(1, 1, dtype=torch.int32)
     assert StepPlan.build(static, loc, torch.tensor([4], dtype=torch.int32), table) is None
     assert StepPlan.build(static, loc, torch.tensor([5], dtype=torch.int32), table) is not None
+
+
+def test_whole_decode():
+    """One row for each request, every request steered, every row past the first emphasised one."""
+    static = StaticPlan.pack([(0, A), (1, B)])
+    table = torch.zeros(3, 1, dtype=torch.int32)
+
+    def whole(query_lens, seq_lens):
+        loc = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
+        lens = torch.tensor(seq_lens, dtype=torch.int32)
+        return StepPlan.build(static, loc, lens, table[: len(seq_lens)]).is_whole_decode
+
+    assert whole([1, 1], [11, 8])
+    assert not whole([2, 1], [11, 8])  # a prefill
+    assert not whole([1, 1], [4, 8])  # the last row before A's first emphasised token
+    assert not whole([1, 1, 1], [11, 8, 5])  # a plain request

@@ -50,18 +50,20 @@ def steered_attention(
     layer_heads: LayerHeads,
     scale: float,
     layout: str,
+    whole: bool = False,
 ) -> None:
     """Overwrites the steered (row, head) pairs of ``output``; touches nothing else.
 
-    Arguments are those of `vllm_pasta.kernels.reference.steered_attention`. The steered pairs of
-    ``output`` must hold the plain attention: an implementation may build on it.
+    Arguments are those of `vllm_pasta.kernels.reference.steered_attention`. Unless ``whole``, the
+    steered pairs of ``output`` must hold the plain attention: an implementation may build on it,
+    so it must not run twice on one output.
     """
     choice = prepare()
     if choice == "cpp" and not cpu.covers(query, layout) and envs.kernel() == "auto":
         _warn_uncovered(query.device.type, query.dtype, layout)
         choice = "reference"
     kernel = cpu.steered_attention if choice == "cpp" else reference.steered_attention
-    kernel(query, kv_cache, output, plan, layer_heads, scale, layout)
+    kernel(query, kv_cache, output, plan, layer_heads, scale, layout, whole)
 
 
 @functools.cache

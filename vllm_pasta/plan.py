@@ -105,6 +105,8 @@ class StepPlan:
         query_len: int32 ``[R]``; number of its query rows in the step.
         seq_len: int32 ``[R]``; number of its keys, this step's included.
         block_table: int32 ``[R, max_blocks]``; its KV cache blocks.
+        is_whole_decode: Whether the step has one row per request, all of them steered: then a
+            kernel may compute whole layers, and the plain one need not run.
     """
 
     static: StaticPlan
@@ -112,6 +114,7 @@ class StepPlan:
     query_len: torch.Tensor
     seq_len: torch.Tensor
     block_table: torch.Tensor
+    is_whole_decode: bool = False
 
     @classmethod
     def build(
@@ -134,15 +137,18 @@ class StepPlan:
         """
         rows = torch.from_numpy(static.batch_rows)
         seq_len = seq_lens[rows]
-        if not bool((seq_len > static.first).any()):
+        active = seq_len > static.first
+        if not bool(active.any()):
             return None
         query_start = query_start_loc[rows]
+        is_decode = len(query_start_loc) - 1 == int(query_start_loc[-1])
         return cls(
             static=static,
             query_start=query_start,
             query_len=query_start_loc[rows + 1] - query_start,
             seq_len=seq_len,
             block_table=block_table[rows],
+            is_whole_decode=is_decode and len(rows) == len(seq_lens) and bool(active.all()),
         )
 
 

@@ -94,13 +94,15 @@ class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        output = super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
-        )  # fmt: skip
         plan: StepPlan | None = getattr(attn_metadata, "steering", None)
-        if plan is not None:
-            heads = plan.static.layers.get(self.layer_index)
-            if heads is not None:
-                steered_attention(query, kv_cache, output, plan, heads, self.scale, layer.isa)
+        heads = None if plan is None else plan.static.layers.get(self.layer_index)
+        if plan is None or heads is None or not plan.is_whole_decode:
+            super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+        if plan is not None and heads is not None:
+            steered_attention(
+                query, kv_cache, output, plan, heads, self.scale, layer.isa, plan.is_whole_decode
+            )
         return output

@@ -12,6 +12,9 @@
 // with no difference of large numbers in it. That saves half of the memory traffic, which is what
 // bounds decoding, and half of the arithmetic of a prefill. For alpha >= 1 all keys count as U.
 //
+// Where the caller wants the whole layer, there is no plain output: every head of every request is
+// computed, the steered ones with the bias and the others without, and all keys count as U.
+//
 // Work is cut into units: one request, one KV head with its steered query heads, some query rows,
 // some keys. A unit's rows are (query row, head) pairs, so a tile of K and V, once read, serves
 // every steered head of its group and every query row of the unit.
@@ -19,6 +22,7 @@
 #include <omp.h>
 
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -48,6 +52,7 @@ struct Layer {
   const void *query, *kv_cache;
   void* output;
   int64_t num_tokens, num_blocks;
+  int64_t whole;  // bool: also the heads that are not steered
 };
 
 }  // extern "C"
@@ -65,6 +70,7 @@ struct Unit {
   long kv_head;
   const int32_t* heads;
   long num_heads;
+  uint64_t steered;         // one bit for each of the heads
   long row, rows;           // query rows, counted from the request's first in this step
   long key_begin, key_end;
   long partial;             // where its sums go if the keys are split, else -1
@@ -98,8 +104,10 @@ struct PartState {
 
 // Cuts the layer's work into units, none much larger than a thread's share.
 Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vector<Unit>& units,
-            std::vector<Merge>& merges) {
+            std::vector<Merge>& merges, std::vector<int32_t>& all_heads) {
   const long group_size = shape.num_heads / shape.num_kv_heads;
+  all_heads.resize(shape.num_heads);
+  std::iota(all_heads.begin(), all_heads.end(), 0);
   units.clear();
   merges.clear();
   long total = 0;
@@ -107,8 +115,8 @@ Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vec
     const int32_t* heads = layer.heads + layer.head_offsets[r];
     const int32_t* heads_end = layer.heads + layer.head_offsets[r + 1];
     const long computed = batch.seq_len[r] - batch.query_len[r];
-    const long skip = std::max<long>(0, batch.first[r] - computed);
-    if (heads == heads_end || skip >= batch.query_len[r]) continue;
+    const long skip = layer.whole ? 0 : std::max<long>(0, batch.first[r] - computed);
+    if ((heads == heads_end && !layer.whole) || skip >= batch.query_len[r]) continue;
     if (batch.query_start[r] < 0 || batch.query_start[r] + batch.query_len[r] > layer.num_tokens)
       return BAD_ROW;
     const long blocks = (batch.seq_len[r] + shape.block_size - 1) / shape.block_size;
@@ -119,14 +127,19 @@ Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vec
     }
     for (const int32_t* head = heads; head < heads_end; ++head)
       if (*head < 0 || *head >= shape.num_heads) return BAD_HEAD;
+    const int32_t *steered = heads, *steered_end = heads_end;
+    if (layer.whole) heads = all_heads.data(), heads_end = heads + shape.num_heads;
     while (heads < heads_end) {
       const long kv_head = *heads / group_size;
       long n = 1;
       while (heads + n < heads_end && heads[n] / group_size == kv_head && n < MAX_ROWS) ++n;
+      uint64_t mask = 0;
+      for (long i = 0; i < n; ++i)
+        if (steered < steered_end && heads[i] == *steered) mask |= uint64_t{1} << i, ++steered;
       const long rows = MAX_ROWS / n;
       for (long row = skip; row < batch.query_len[r]; row += rows) {
         const long m = std::min(rows, batch.query_len[r] - row);
-        units.push_back({r, kv_head, heads, n, row, m, 0, computed + row + m, -1});
+        units.push_back({r, kv_head, heads, n, mask, row, m, 0, computed + row + m, -1});
         total += m * n * (computed + row + m);
       }
       heads += n;
@@ -167,7 +180,9 @@ struct Kernel {
   static constexpr long STATE = sizeof(PartState) / sizeof(float);
   long partial_size() const { return MAX_ROWS * (shape.head_size + STATE); }
 
-  bool reuses_plain(int request) const { return batch.log_alpha[request] < 0.0f; }
+  bool reuses_plain(int request) const {
+    return !layer.whole && batch.log_alpha[request] < 0.0f;
+  }
 
   // The bias of keys [key, key + n): log(alpha) for the prompt's tokens outside the spans. Returns
   // the least range that holds all whose bias is 0, from a multiple of 32 on.
@@ -253,8 +268,8 @@ struct Kernel {
       const auto weigh = !reuses_plain(r) ? softmax_rows<Keep::ALL>
                          : first < last   ? softmax_rows<Keep::UNBIASED>
                                           : softmax_rows<Keep::NONE>;
-      weigh(logits, bias, n, first_position + 1 - key, unit.num_heads, rows, shape.scale, state,
-            rescale);
+      weigh(logits, bias, unit.steered, n, first_position + 1 - key, unit.num_heads, rows,
+            shape.scale, state, rescale);
       if (first >= last) continue;
       values += first / 2 * value_strides.pair;
       if (amx)
@@ -353,7 +368,8 @@ extern "C" int vllm_pasta_steered_attention(const Batch* batch, const Shape* sha
                                             const Layer* layer) {
   static thread_local std::vector<Unit> units;
   static thread_local std::vector<Merge> merges;
-  if (const Status status = plan(*batch, *shape, *layer, units, merges)) return status;
+  static thread_local std::vector<int32_t> all_heads;
+  if (const Status status = plan(*batch, *shape, *layer, units, merges, all_heads)) return status;
   switch (shape->format) {
     case FLOAT_PLAIN: run<Plain<Float>>(*batch, *shape, *layer, units, merges); break;
     case BFLOAT16_PLAIN: run<Plain<BFloat16>>(*batch, *shape, *layer, units, merges); break;

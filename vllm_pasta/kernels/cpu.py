@@ -68,13 +68,14 @@ def steered_attention(
     layer_heads: LayerHeads,
     scale: float,
     layout: str,
+    whole: bool = False,
 ) -> None:
     """Overwrites the steered (row, head) pairs of ``output``; touches nothing else.
 
     Arguments are those of `vllm_pasta.kernels.reference.steered_attention`, with one more demand:
-    the steered pairs of ``output`` must hold the plain attention, as they are read where alpha is
-    below 1 (see ``cpu.cpp``). ``query`` and ``output`` may be strided in all dimensions but the
-    last.
+    unless ``whole``, the steered pairs of ``output`` must hold the plain attention, as they are
+    read where alpha is below 1 (see ``cpu.cpp``). ``query`` and ``output`` may be strided in all
+    dimensions but the last.
 
     Raises:
         ValueError: a tensor is not as expected, or the plan does not fit the tensors.
@@ -99,6 +100,7 @@ def steered_attention(
         output.data_ptr(),
         query.shape[0],
         kv_cache.shape[0],
+        whole,
     )
     if status := kernel(_batch(plan), shape, layer):
         raise ValueError(f"steered attention: {STATUS[status]}")
@@ -131,7 +133,7 @@ class _Shape(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_void_p, "head_offsets heads query kv_cache output"),
-        *_fields(ctypes.c_int64, "num_tokens num_blocks"),
+        *_fields(ctypes.c_int64, "num_tokens num_blocks whole"),
     ]
 
 

@@ -426,11 +426,13 @@ inline float softmax(float* row, long n, long visible, const float* bias, float 
 }
 
 template <Keep KEEP>
-inline void softmax_rows(float* rows, const float* bias, long n, long visible, long num_heads,
-                         long num_rows, float scale, RowState* state, float* rescale) {
+inline void softmax_rows(float* rows, const float* bias, uint64_t steered, long n, long visible,
+                         long num_heads, long num_rows, float scale, RowState* state,
+                         float* rescale) {
+  static const float none[MAX_KEYS] = {};
   for (long m = 0; m < num_rows; ++m)
-    rescale[m] *= softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads, bias, scale,
-                                state[m]);
+    rescale[m] *= softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads,
+                                steered >> m % num_heads & 1 ? bias : none, scale, state[m]);
 }
 
 }  // namespace

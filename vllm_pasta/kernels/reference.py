@@ -18,6 +18,7 @@ def steered_attention(
     layer_heads: LayerHeads,
     scale: float,
     layout: str,
+    whole: bool = False,
 ) -> None:
     """Overwrites the steered (row, head) pairs of ``output``; touches nothing else.
 
@@ -30,6 +31,9 @@ def steered_attention(
         layer_heads: This layer's steered heads.
         scale: Softmax scale.
         layout: How a block holds keys and values: see `gather_kv`.
+        whole: Instead overwrite all heads and rows of the plan's requests, the steered heads with
+            the bias and the others without. No row may stand before its request's first
+            emphasised token. What ``output`` held does not matter then.
     """
     static = plan.static
     group_size = query.shape[1] // kv_cache.shape[1]
@@ -40,6 +44,9 @@ def steered_attention(
         seq_len, query_len = int(plan.seq_len[r]), int(plan.query_len[r])
         computed = seq_len - query_len  # keys of earlier steps
         skip = max(0, int(static.first[r]) - computed)  # rows before the first emphasised token
+        steered = torch.isin(torch.arange(query.shape[1]), heads)
+        if whole:
+            heads, skip = torch.arange(query.shape[1]), 0
         if len(heads) == 0 or skip >= query_len:
             continue
 
@@ -53,7 +60,8 @@ def steered_attention(
         begin = int(plan.query_start[r])
         rows = slice(begin + skip, begin + query_len)
         q = query[rows][:, heads].transpose(0, 1).float()
-        logits = q @ keys[kv_index].transpose(1, 2) * scale + bias
+        logits = q @ keys[kv_index].transpose(1, 2) * scale
+        logits += torch.where(steered[heads, None, None], bias, 0.0)
         position = torch.arange(computed + skip, seq_len)
         future = torch.arange(seq_len) > position[:, None]
         weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
