@@ -9,7 +9,7 @@ STAMP := $(VENV)/.set-up
 PINNED := requirements/install-cpu.sh requirements/cpu.txt \
 	requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -27,6 +27,10 @@ demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
 
 test: check ## linters, type checker, tests
 	$(VENV)/bin/pytest -q -ra --durations=10
+
+bench: $(STAMP) ## all benchmarks, against plain vLLM, with plots (an hour; BENCH=--short: minutes)
+	$(VENV)/bin/pip install --quiet matplotlib
+	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 check: $(STAMP) ## linters and type checker
 	$(VENV)/bin/ruff check .

@@ -196,6 +196,20 @@ def hardware() -> dict[str, str]:
     return {"cpu": model, "cores": str(len(os.sched_getaffinity(0))), "os": platform.system()}
 
 
+def describe(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader of the results needs to know of the run."""
+    return {
+        "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "versions": {n: version(n) for n in ("vllm-pasta", "vllm", "torch")},
+        "model": Path(options.model).name,
+        "dtype": options.dtype,
+        "torch_compile": not getattr(options, "eager", False),
+        "runs": options.runs,
+    }
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -229,19 +243,7 @@ def main() -> None:
         from vllm_pasta.smollm2 import model_path
 
         options.model = str(model_path())
-    started = time.time()
-    result = run(options)
-    result |= {
-        "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(),
-        "versions": {n: version(n) for n in ("vllm-pasta", "vllm", "torch")},
-        "model": Path(options.model).name,
-        "dtype": options.dtype,
-        "torch_compile": not options.eager,
-        "runs": options.runs,
-        "seconds": round(time.time() - started),
-    }
+    result = {**run(options), **describe("throughput", options)}
     print("| workload | plain vLLM | vllm-pasta | ratio | target | memory |")
     print("|---|---|---|---|---|---|")
     for row in result["rows"]:

@@ -16,7 +16,7 @@ class Workload:
         what: For the table.
         target: Least output throughput, ours / plain; for "latency", least plain / ours.
         requests, prompt_tokens, output_tokens: Sizes.
-        heads: How many query heads each steered request steers: up to 80 over 9 layers, more
+        heads: How many query heads each steered request steers: fewer than 60 over 9 layers, more
             over all 30.
         emphasised_tokens: Per steered request.
         steered: Share of requests that are steered.
@@ -73,7 +73,7 @@ def _length(rng: random.Random, median: int, most: int) -> int:
 def _heads(count: int, rng: random.Random) -> dict[str, list[int]]:
     if count == LAYERS * HEADS:
         return {str(layer): list(range(HEADS)) for layer in range(LAYERS)}
-    layers = rng.sample(range(LAYERS), min(9 if count < 81 else 30, count))
+    layers = rng.sample(range(LAYERS), min(9 if count < 60 else 30, count))
     return {str(layer): rng.sample(range(HEADS), count // len(layers)) for layer in layers}
 
 
@@ -97,7 +97,7 @@ SWEEPS: dict[str, list[tuple[int, Workload]]] = {
         for n in (128, 512, 1024, 2048, 3584)
     ],
     "steered heads, % of all": [
-        (round(100 * n / (LAYERS * HEADS)), replace(_POINT, heads=n)) for n in (9, 27, 81, 270)
+        (round(100 * n / (LAYERS * HEADS)), replace(_POINT, heads=n)) for n in (9, 27, 60, 270)
     ],
     "emphasised tokens": [(n, replace(_POINT, emphasised_tokens=n)) for n in (1, 20, 80, 230)],
     "steered requests, %": [(n, replace(_POINT, steered=n / 100)) for n in (0, 25, 50, 100)],

@@ -89,6 +89,7 @@ def test_public_names():
         "EmphasisError",
         "HeadSet",
         "HeadSetError",
+        "KernelError",
         "PastaError",
         "ResolvedEmphasis",
         "SamplingParams",

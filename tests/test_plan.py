@@ -63,3 +63,13 @@ def test_whole_decode():
     assert not whole([2, 1], [11, 8])  # a prefill
     assert not whole([1, 1], [4, 8])  # the last row before A's first emphasised token
     assert not whole([1, 1, 1], [11, 8, 5])  # a plain request
+
+
+def test_whole_layers_where_enough_is_steered():
+    """A layer in which few requests have a head is steered after the plain kernel."""
+    few = StaticPlan.pack([(0, A), *((i, B) for i in range(1, 8))])
+    assert {layer: heads.share for layer, heads in few.layers.items()} == {0: 1 / 8, 3: 1.0}
+    loc = torch.arange(9, dtype=torch.int32)
+    step = StepPlan.build(few, loc, torch.full((8,), 11, dtype=torch.int32), torch.zeros(8, 1))
+    assert step.is_whole_decode
+    assert [step.takes_whole(few.layers[layer]) for layer in (0, 3)] == [False, True]

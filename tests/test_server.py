@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def server(smollm2, heads_file, tmp_path_factory):
          "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
          "--gpu-memory-utilization", "0.05",
          "--plugin", "pasta", "--pasta-heads", heads_file, "--pasta-alpha", "0.01"],
-        env=environment(), stdout=log, stderr=subprocess.STDOUT,
+        env=environment(VLLM_PLUGINS="pasta"), stdout=log, stderr=subprocess.STDOUT,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
@@ -216,6 +218,217 @@ def test_refused_requests_disturb_no_other(client, steered):
 
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(ask, range(48)))
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a colour. Be brief, and answer in JSON."},
+]
+TAGGED = "Name a colour. Be brief, and <emphasis>answer in JSON</emphasis>."
+BOLD = "Name a colour. Be brief, and **answer in JSON**."
+USER = CHAT[1]["content"]
+
+# Way to mark -> (the user's text, the emphasis, what is emphasised); in_chat: for chats alone.
+WAYS = {
+    "text": (USER, "answer in JSON", ["answer in JSON"]),
+    "last occurrence": (USER, {"text": {"text": "in", "occurrence": "last"}}, ["in"]),
+    "all occurrences": (USER, {"text": {"text": "colour", "occurrence": "all"}}, ["colour"]),
+    "several": (USER, ["Name a", "in JSON"], ["Name a", "in JSON"]),
+    "chars": (USER, {"chars": [[20, 30]]}, None),
+    "tag": (TAGGED, {"markup": "tag"}, ["answer in JSON"]),
+    "markdown, kept": (BOLD, {"markup": "markdown"}, ["answer in JSON"]),
+    "markdown, taken out": (BOLD, {"markup": "markdown", "keep_marks": False}, ["answer in JSON"]),
+    "spans": (USER, {"spans": [[1, 3]]}, None),
+}
+CHAT_WAYS = {
+    "message": (USER, [{"message": 0}], ["Be brief."]),
+    "message from the end": (USER, [{"message": -1, "text": "Be brief"}], ["Be brief"]),
+    "message chars": (USER, {"chars": [{"message": 1, "chars": [0, 4]}]}, ["Name"]),
+    "role": (USER, [{"role": "system"}], ["Be brief."]),
+    "role and tag": (
+        TAGGED,
+        {"markup": "tag", "text": [{"role": "system"}]},
+        ["Be brief.", "answer in JSON"],
+    ),
+}
+
+
+def ask(client, endpoint, text, stream=False, **body):
+    """The answer's text, and what the response says was emphasised."""
+    options = {"model": "m", "stream": stream, "extra_body": {"return_emphasis": True, **body}}
+    messages = [CHAT[0], {"role": "user", "content": text}]
+    if endpoint == "completions":
+        raw = client.completions.with_raw_response.create(
+            prompt=text, max_tokens=6, temperature=0, **options
+        )
+    elif endpoint == "chat":
+        raw = client.chat.completions.with_raw_response.create(
+            messages=messages, max_tokens=6, temperature=0, **options
+        )
+    else:
+        raw = client.responses.with_raw_response.create(
+            input=messages, max_output_tokens=6, temperature=0, **options
+        )
+    report = json.loads(raw.headers["x-emphasis"]) if "x-emphasis" in raw.headers else None
+    if stream:
+        return b"".join(raw.http_response.iter_bytes()).decode(), report
+    reply = raw.parse()
+    if endpoint == "completions":
+        return reply.choices[0].text, report
+    return reply.choices[0].message.content if endpoint == "chat" else reply.output_text, report
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat", "responses"])
+@pytest.mark.parametrize("way", [*WAYS, *CHAT_WAYS])
+def test_ways(way, endpoint, client):
+    """Each way to mark, at the top level and in vllm_xargs, on each endpoint."""
+    if endpoint == "completions" and way in CHAT_WAYS:
+        text, emphasis, _ = CHAT_WAYS[way]
+        with pytest.raises(openai.BadRequestError, match="for chats"):
+            ask(client, endpoint, text, emphasis=emphasis)
+        return
+    text, emphasis, expected = {**WAYS, **CHAT_WAYS}[way]
+    answer, report = ask(client, endpoint, text, emphasis=emphasis)
+    (entry,) = report
+    found = [span["text"].strip() for span in entry["emphasised"]]
+    assert found
+    if expected is not None:
+        assert found == expected
+    xargs = {"emphasis": json.dumps(emphasis if isinstance(emphasis, dict) else {"text": emphasis})}
+    assert ask(client, endpoint, text, vllm_xargs=xargs) == (answer, report)
+    # The same token ranges, given as such, on the text as the model sees it.
+    clean = text.replace("<emphasis>", "").replace("</emphasis>", "")
+    if isinstance(emphasis, dict) and emphasis.get("keep_marks") is False:
+        clean = clean.replace("**", "")
+    spans = {"spans": [span["tokens"] for span in entry["emphasised"]]}
+    assert ask(client, endpoint, clean, emphasis=spans) == (answer, report)
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat", "responses"])
+def test_report_while_streaming(endpoint, client):
+    """The header comes with the stream's start, and says the same."""
+    _, report = ask(client, endpoint, USER, emphasis="answer in JSON")
+    _, streamed = ask(client, endpoint, USER, stream=True, emphasis="answer in JSON")
+    assert streamed == report
+    assert report[0]["emphasised"][0]["text"].strip() == "answer in JSON"
+
+
+def test_no_report_unless_asked(client):
+    raw = client.completions.with_raw_response.create(
+        model="m", prompt=PROMPT, max_tokens=2, extra_body={"emphasis": FACT}
+    )
+    assert "x-emphasis" not in raw.headers
+    assert ask(client, "completions", PROMPT)[1] is None  # nothing was emphasised
+
+
+def test_echo_has_no_tags(client):
+    """What is echoed is what the model saw."""
+    reply = complete(client, {"emphasis": '{"markup": "tag"}'}, TAGGED, echo=True)
+    assert reply.choices[0].text.startswith("Name a colour. Be brief, and answer in JSON.")
+    assert reply.usage.prompt_tokens == complete(client, None, USER).usage.prompt_tokens
+
+
+def test_truncated_prompt(client):
+    """truncate_prompt_tokens: found in what is left, refused in what is cut off."""
+    body = {"truncate_prompt_tokens": 6, "return_emphasis": True}
+    for text, found in (("Ann lives in", True), ("Rome", False)):
+        options = {"model": "m", "prompt": PROMPT, "max_tokens": 2}
+        extra = {**body, "emphasis": text}
+        if found:
+            raw = client.completions.with_raw_response.create(**options, extra_body=extra)
+            report = json.loads(raw.headers["x-emphasis"])
+            assert report[0]["emphasised"][0]["text"].strip() == text
+        else:
+            with pytest.raises(openai.BadRequestError, match="not in the prompt"):
+                client.completions.create(**options, extra_body=extra)
+
+
+def test_routes(server, heads_file):
+    """What is known, and a dry run."""
+    known = httpx.get(f"{server}/v1/emphasis/head_sets").json()
+    assert known["model"] == {"layers": 30, "query_heads": 9}
+    assert known["default"]["count"] == 45
+    assert known["head_sets"]["smollm2-135m-instruct"]["provenance"]["model"]
+    url = f"{server}/v1/emphasis/resolve"
+    body = {"model": "m", "prompt": PROMPT, "emphasis": FACT}
+    (resolved,) = httpx.post(url, json=body).json()["prompts"]
+    assert resolved["emphasised"][0]["text"].strip() == FACT
+    assert (resolved["alpha"], resolved["heads"]) == (0.01, HEADS)
+    chat = {"model": "m", "messages": CHAT, "emphasis": [{"role": "system"}]}
+    (resolved,) = httpx.post(url, json=chat).json()["prompts"]
+    assert resolved["emphasised"][0]["text"].strip() == "Be brief."
+    for bad in ({**body, "emphasis": "Bergen"}, {**body, "emphasis": {"spans": [[1, 0]]}}, {}):
+        assert httpx.post(url, json=bad).status_code == 400
+
+
+def metric(server, name):
+    lines = httpx.get(f"{server}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_metrics(server, client):
+    names = ("pasta_requests_steered_total", "pasta_emphasised_tokens_total")
+    refused = 'pasta_requests_refused_total{reason="emphasis.text"}'
+    before = [metric(server, name) for name in (*names, refused)]
+    complete(client, {"emphasis": '{"spans": [[2, 7]]}'})
+    complete(client)
+    with pytest.raises(openai.BadRequestError):
+        complete(client, {"emphasis": "Bergen"})
+    after = [metric(server, name) for name in (*names, refused)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 5, 1]
+
+
+def random_spec(rng, depth=0):
+    """JSON that is often nearly right."""
+    leaves = [
+        None, True, 0, 1, -1, 5, 2**70, 1e400, float("nan"), 0.01, "", " ", "Ann", FACT, "é🎉",
+        "tag", "markdown", "all", "last", "smollm2-135m-instruct", "<emphasis>", [[0, 3]], [[3, 1]],
+        {"1": [0]}, {"99": [0]}, [[0, 1]] * 300, ["Ann"] * 300,
+    ]  # fmt: skip
+    keys = [
+        "text", "spans", "chars", "alpha", "heads", "markup", "keep_marks", "occurrence", "message",
+        "role", "x", "0",
+    ]  # fmt: skip
+    kind = rng.random()
+    if depth > 2 or kind < 0.4:
+        return rng.choice(leaves)
+    if kind < 0.8:
+        return {rng.choice(keys): random_spec(rng, depth + 1) for _ in range(rng.randrange(1, 4))}
+    return [random_spec(rng, depth + 1) for _ in range(rng.randrange(4))]
+
+
+def test_fuzz(server, client, steered):
+    """Random specs: a steered answer or a 400 with a message, nothing else; VLLM_PASTA_FUZZ says
+    how many. A plain request beside them always gets the same answer."""
+    rng = random.Random(0)
+    count = int(os.environ.get("VLLM_PASTA_FUZZ", "600"))
+    specs = [random_spec(rng) for _ in range(count)]
+    statuses = Counter()
+
+    def send(i):
+        if i % 50 == 0:
+            assert complete(client).choices[0].text == steered[1]
+        body = {"model": "m", "prompt": PROMPT, "max_tokens": 1}
+        if i % 2:
+            body["emphasis"] = specs[i]
+        else:
+            body["vllm_xargs"] = {"emphasis": json.dumps(specs[i]), "emphasis_alpha": 0.5}
+        # As text, since httpx refuses NaN, and a client may send it.
+        reply = http.post("/v1/completions", content=json.dumps(body))
+        statuses[reply.status_code] += 1
+        if reply.status_code != 200:
+            assert reply.json()["error"]["message"], specs[i]
+        assert reply.status_code in (200, 400), (specs[i], reply.text)
+
+    headers = {"Content-Type": "application/json"}
+    with (
+        httpx.Client(base_url=server, timeout=120, headers=headers) as http,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        list(pool.map(send, range(count)))
+    assert statuses[400] > count / 2
+    assert statuses[200]
+    print(f"fuzz: {count} specs, {dict(statuses)}")
 
 
 def serve(*arguments, **env):

@@ -60,3 +60,20 @@ def test_switched_off():
             text=True,
         )
         assert result.stdout.strip().splitlines()[-1:] == [answer], result.stderr
+
+
+def test_installed_beside_model_runner_v2():
+    """V2 (vLLM's default on GPUs) rejects logits processors of the V1 kind when an engine starts;
+    ours is loaded there too, even where emphasis is off, and must change nothing."""
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.sample.logits_processor import loader
+
+    classes = loader._load_v2_logitsprocs(None)
+    (ours,) = [cls for cls in classes if cls.__module__.startswith("vllm_pasta")]
+    rows = ours(VllmConfig(), None)
+    logits = torch.randn(2, 5)
+    assert rows.add_request(0, SamplingParams()) is False
+    assert rows.apply(logits, None) is logits
+    loader.build_custom_logits_processors_params_validator(None)(SamplingParams())

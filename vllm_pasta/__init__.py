@@ -12,6 +12,7 @@ from vllm_pasta.errors import (
     ConfigError,
     EmphasisError,
     HeadSetError,
+    KernelError,
     PastaError,
     UnsupportedError,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "EmphasisError",
     "HeadSet",
     "HeadSetError",
+    "KernelError",
     "PastaError",
     "ResolvedEmphasis",
     "SamplingParams",

@@ -4,7 +4,8 @@ PastaError
 ├── EmphasisError     (ValueError)    a request's emphasis cannot be honoured: HTTP 400
 ├── HeadSetError      (ValueError)    a head set or its file is malformed or does not fit
 ├── ConfigError       (ValueError)    the engine's "pasta" configuration is malformed
-└── UnsupportedError  (RuntimeError)  this engine cannot steer
+├── UnsupportedError  (RuntimeError)  this engine cannot steer
+└── KernelError       (RuntimeError)  the C++ kernel cannot be built or loaded here
 """
 
 from typing import Any
@@ -37,6 +38,10 @@ class ConfigError(PastaError, ValueError):
 
 class UnsupportedError(PastaError, RuntimeError):
     """The engine runs in a way in which emphasis cannot be honoured."""
+
+
+class KernelError(PastaError, RuntimeError):
+    """The C++ kernel cannot be built or loaded here."""
 
 
 def show(value: Any) -> str:

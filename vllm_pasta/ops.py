@@ -6,6 +6,7 @@ import logging
 import torch
 
 from vllm_pasta import envs
+from vllm_pasta.errors import KernelError
 from vllm_pasta.kernels import cpu, reference
 from vllm_pasta.plan import LayerHeads, StepPlan
 
@@ -30,7 +31,7 @@ def prepare() -> str:
         return choice
     try:
         cpu.load()
-    except cpu.KernelError as e:
+    except KernelError as e:
         if choice == "cpp":
             raise
         logger.warning(

@@ -96,13 +96,12 @@ class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         plan: StepPlan | None = getattr(attn_metadata, "steering", None)
         heads = None if plan is None else plan.static.layers.get(self.layer_index)
-        if plan is None or heads is None or not plan.is_whole_decode:
+        whole = plan is not None and heads is not None and plan.takes_whole(heads)
+        if not whole:
             super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
         if plan is not None and heads is not None:
-            steered_attention(
-                query, kv_cache, output, plan, heads, self.scale, layer.isa, plan.is_whole_decode
-            )
+            steered_attention(query, kv_cache, output, plan, heads, self.scale, layer.isa, whole)
         return output

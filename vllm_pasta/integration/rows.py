@@ -3,6 +3,9 @@
 vLLM's logits-processor plugins (group ``vllm.logits_processors``) are told in every step which
 requests were added to, removed from and moved within the batch, after the batch is in its final
 order and before attention metadata is built. Ours changes no logits.
+
+vLLM loads the plugin in every engine, emphasis or not, and Model Runner V2 accepts no class but
+its own kind. So the class is of both kinds, and inert on V2, where no engine has emphasis on yet.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,9 @@ from weakref import WeakValueDictionary
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsProcessor as LogitsProcessorV2,
+)
 
 from vllm_pasta.emphasis import ResolvedEmphasis, has_emphasis
 from vllm_pasta.errors import UnsupportedError
@@ -39,17 +45,15 @@ def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
     return rows
 
 
-class EmphasisRows(LogitsProcessor):
+class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     """The steered rows of the current batch.
 
     Args:
         vllm_config: The engine's.
-        device, is_pin_memory: vLLM's interface; not used.
+        args: The rest of vLLM's interfaces (device and pinning, or V2's request state); not used.
     """
 
-    def __init__(
-        self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool
-    ) -> None:
+    def __init__(self, vllm_config: "VllmConfig", *args: Any) -> None:
         self.vllm_config = vllm_config
         self._enabled = is_enabled(vllm_config)
         self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row
@@ -68,7 +72,11 @@ class EmphasisRows(LogitsProcessor):
             process_dict_updates(self._emphasis, batch_update, self._new_state)
             self._plan = None  # rows may have moved
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """V2's interface: whether logits are changed."""
+        return False
+
+    def apply(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
         return logits
 
     def is_argmax_invariant(self) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from vllm_pasta import envs
-from vllm_pasta.errors import PastaError
+from vllm_pasta.errors import KernelError
 from vllm_pasta.plan import LayerHeads, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,6 @@ STATUS = {  # Status in cpu.cpp
     3: "the block table is shorter than the context, or names a block outside the KV cache",
     4: "a steered request's query rows lie outside the query",
 }
-
-
-class KernelError(PastaError, RuntimeError):
-    """The C++ kernel cannot be built or loaded here."""
 
 
 def covers(query: torch.Tensor, layout: str) -> bool:
