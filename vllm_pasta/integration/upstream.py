@@ -34,6 +34,10 @@ class Patch:
     frontend: bool = False
 
 
+_server_markups: list[Any] = []
+"""The default `Markup` of each engine of this process."""
+
+
 def _input_processor_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -42,6 +46,8 @@ def _input_processor_init(original: Callable[..., Any]) -> Callable[..., Any]:
         _apply([patch for patch in PATCHES if patch.frontend])
         # First, so that an engine which cannot honour emphasis refuses to start at once.
         self.pasta_admission = Admission(vllm_config, lambda: self.tokenizer)
+        if self.pasta_admission.config is not None:
+            _server_markups.append(self.pasta_admission.config.markup)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
@@ -60,13 +66,16 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         # A raw prompt, vLLM's deprecated way: what it became is known afterwards.
         request = original(self, request_id, prompt, params, *args, **kwargs)
         params = request.sampling_params or request.pooling_params
+        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         rendered = {
             "type": "token" if request.prompt_embeds is None else "embeds",
             "prompt_token_ids": request.prompt_token_ids,
+            "prompt": text if isinstance(text, str) else None,
         }
         admitted = self.pasta_admission.admit(params, rendered, resumable=request.resumable)
         if admitted is not params:
             request.sampling_params = admitted
+            request.prompt_token_ids = rendered["prompt_token_ids"]
         return request
 
     return process_inputs
@@ -157,7 +166,9 @@ def _to_beam_search_params(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_pasta.integration.admission import AdmissionError
 
-        if has_emphasis(self.vllm_xargs):
+        # Beam search makes its own params and prompts, so markup would be lost or misread too.
+        text = str(getattr(self, "prompt", None) or getattr(self, "messages", ""))
+        if has_emphasis(self.vllm_xargs) or any(m.may_be_in(text) for m in _server_markups):
             raise AdmissionError(
                 EmphasisError("beam search cannot be emphasised; leave out one", field=KEY)
             )
