@@ -158,12 +158,11 @@ def test_not_switched_on(engine, tiny):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
-                                 "prompt_lookup_max": 2}}, "speculative decoding"),
+        ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+         "method ngram_gpu, not ngram or draft_model"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "KV connector"),
         ({"enable_lora": True}, "LoRA"),
-        ({"tensor_parallel_size": 2}, "more than one worker"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
         ({"runner": "pooling"}, "runner is pooling"),
     ],

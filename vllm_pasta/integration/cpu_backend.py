@@ -3,6 +3,7 @@
 Registered in place of ``CPU_ATTN``: the CPU platform of vLLM 0.32 takes no custom backend.
 """
 
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         if is_enabled(vllm_config):
             support.check_engine(vllm_config)
             layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-            for name in layer_names:
+            for name in filterfalse(support.is_draft, layer_names):
                 support.check_layer(name, layers[name].impl, self.isa)
                 layers[name].impl.layer_index = extract_layer_index(name)
             self._rows = rows_of(vllm_config)
@@ -80,7 +81,8 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
     """Runs the base's kernel, then steers the output of the steered (row, head) pairs, once."""
 
-    layer_index: int  # over the whole model; set by the builder where emphasis is on
+    layer_index: int | None = None
+    """Over the whole model; set by the builder where emphasis is on. None in a draft model."""
 
     def forward(
         self,
@@ -95,7 +97,8 @@ class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan: StepPlan | None = getattr(attn_metadata, "steering", None)
-        heads = None if plan is None else plan.static.layers.get(self.layer_index)
+        index = self.layer_index
+        heads = None if plan is None or index is None else plan.static.layers.get(index)
         whole = plan is not None and heads is not None and plan.takes_whole(heads)
         if not whole:
             super().forward(

@@ -4,7 +4,8 @@ vLLM's logits-processor plugins (group ``vllm.logits_processors``) are told in e
 requests were added to, removed from and moved within the batch, after the batch is in its final
 order and before attention metadata is built. Ours changes no logits.
 
-vLLM loads the plugin in every engine, emphasis or not, and Model Runner V2 accepts no class but
+vLLM drops such plugins where speculative decoding is on; a run-time patch puts ours back. vLLM
+loads the plugin in every other engine, emphasis or not, and Model Runner V2 accepts no class but
 its own kind. So the class is of both kinds, and inert on V2, where no engine has emphasis on yet.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor.interface import (
@@ -56,6 +58,11 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     def __init__(self, vllm_config: "VllmConfig", *args: Any) -> None:
         self.vllm_config = vllm_config
         self._enabled = is_enabled(vllm_config)
+        self._num_local_heads = (
+            vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+            if self._enabled
+            else 0
+        )
         self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row
         self._plan: StaticPlan | None = None
         _instances[id(vllm_config)] = self
@@ -64,7 +71,11 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     def plan(self) -> StaticPlan | None:
         """The steered rows, packed; None where the batch has none."""
         if self._plan is None and self._emphasis:
-            self._plan = StaticPlan.pack(sorted(self._emphasis.items(), key=lambda item: item[0]))
+            self._plan = StaticPlan.pack(
+                sorted(self._emphasis.items(), key=lambda item: item[0]),
+                head_offset=self._num_local_heads * get_tensor_model_parallel_rank(),
+                num_local_heads=self._num_local_heads,
+            )
         return self._plan
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

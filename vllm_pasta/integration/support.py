@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 LAYOUTS = ("vec", "vec16", "amx")
 """KV cache layouts that the kernels read."""
 
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+"""Ways of drafting that were tested. The draft itself is not steered."""
+
+_DRAFT_PREFIX = "draft_model."
+"""What vLLM puts before the names of a draft model's layers."""
+
 
 def check_engine(vllm_config: "VllmConfig") -> None:
     """Checks what the configuration alone tells.
@@ -24,17 +30,18 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     Raises:
         UnsupportedError: lists every reason.
     """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    cache = vllm_config.cache_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    method = speculative and speculative.method
     reasons = {
         f"the platform is {current_platform.device_type}, not cpu": not current_platform.is_cpu(),
         "Model Runner V2 is in use": vllm_config.use_v2_model_runner,
-        "speculative decoding is on": vllm_config.speculative_config is not None,
+        f"speculative decoding is of method {method}, not {' or '.join(SPECULATIVE_METHODS)}": (
+            speculative is not None and method not in SPECULATIVE_METHODS
+        ),
         "a KV connector is configured": vllm_config.kv_transfer_config is not None,
         "KV offloading is on": bool(getattr(cache, "kv_offloading_size", None)),
         "LoRA is on": vllm_config.lora_config is not None,
-        "the engine runs on more than one worker": parallel.world_size > 1
-        or parallel.data_parallel_size > 1,
         f"the KV cache is {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
@@ -46,6 +53,11 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "the model is a diffusion model": model.is_diffusion,
     }
     _refuse([reason for reason, holds in reasons.items() if holds])
+
+
+def is_draft(layer_name: str) -> bool:
+    """Whether a layer belongs to a draft model, which is not steered."""
+    return layer_name.startswith(_DRAFT_PREFIX)
 
 
 def check_layer(name: str, impl: "CPUAttentionBackendImpl", layout: str) -> None:

@@ -161,6 +161,21 @@ def _block_hash_extra_keys(original: Callable[..., Any]) -> Callable[..., Any]:
     return generate_block_hash_extra_keys
 
 
+def _build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_pasta.integration.config import is_enabled
+
+    @functools.wraps(original)
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        processors = original(vllm_config, *args, **kwargs)
+        if vllm_config.speculative_config is not None and is_enabled(vllm_config):
+            from vllm_pasta.integration.rows import EmphasisRows
+
+            processors.argmax_invariant.append(EmphasisRows(vllm_config))
+        return processors
+
+    return build_logitsprocs
+
+
 def _to_beam_search_params(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -219,6 +234,11 @@ PATCHES = (
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
         _block_hash_extra_keys,
         "fabb6e4b928a",
+    ),
+    Patch(
+        "vllm.v1.sample.logits_processor:build_logitsprocs",
+        _build_logitsprocs,
+        "82609dd72304",
     ),
     Patch("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args, "0b7444570415"),
     Patch("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args, "51a013f61829"),

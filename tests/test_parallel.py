@@ -1,0 +1,30 @@
+"""One model on several workers: heads and layers are numbered over the whole model, not per worker.
+
+Broken by: numbering heads per tensor-parallel rank or layers per pipeline stage.
+"""
+
+import os
+
+import pytest
+from test_exact import CASES, check, run
+from test_exact import expected as expected  # a fixture
+
+SPLITS = {
+    "tensor": {"tensor_parallel_size": 2},
+    # Eagerly, plain vLLM 0.32 fails on CPU: the second stage's buffers are made by the warm-up
+    # that only a compiled model gets.
+    "pipeline": {"pipeline_parallel_size": 2, "enforce_eager": False},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_equals_the_oracle(split, engine, tiny, expected, monkeypatch):
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    llm = engine(
+        tiny, skip_tokenizer_init=True, block_size=32, max_num_batched_tokens=64, **SPLITS[split]
+    )
+    for name, output in zip(CASES, run(llm, list(CASES.values())), strict=True):
+        check(output, expected[name])
+    llm.llm_engine.engine_core.shutdown()
