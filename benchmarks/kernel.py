@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm_pasta.emphasis import ResolvedEmphasis
 from vllm_pasta.heads import HeadSet
 from vllm_pasta.kernels import cpu, reference
-from vllm_pasta.plan import StaticPlan, StepPlan
+from vllm_pasta.plan import LayerAttention, StaticPlan, StepPlan
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 128  # SmolLM2-135M
 SCALE = HEAD_SIZE**-0.5
@@ -118,9 +118,8 @@ class Bench:
         return plan
 
     def ours(self, plan: StepPlan, kernel: Callable[..., None] = cpu.steered_attention) -> None:
-        kernel(
-            self.query, self.kv_cache, self.output, plan, plan.static.layers[0], SCALE, self.layout
-        )
+        heads, attention = plan.static.layers[0], LayerAttention(SCALE)
+        kernel(self.query, self.kv_cache, self.output, plan, heads, attention, self.layout)
 
     def check(self, heads: Sequence[int]) -> None:
         """Ours = the reference; with alpha 1, which is plain attention, ours = vLLM's."""

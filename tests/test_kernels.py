@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vllm_pasta.emphasis import ResolvedEmphasis
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.heads import HeadSet
 from vllm_pasta.kernels import cpu, reference
-from vllm_pasta.plan import StaticPlan, StepPlan
+from vllm_pasta.plan import LayerAttention, StaticPlan, StepPlan
 
 KERNELS = {"cpp": cpu.steered_attention, "reference": reference.steered_attention}
 LAYER = 3
@@ -50,6 +51,7 @@ class Case:
     num_kv_heads: int = 2
     head_size: int = 64
     block_size: int = 128
+    kind: dict[str, Any] = field(default_factory=dict)  # of LayerAttention, but for the scale
     keys: list[torch.Tensor] = field(init=False)
     values: list[torch.Tensor] = field(init=False)
 
@@ -63,14 +65,17 @@ class Case:
         self.keys = [random(n, self.num_kv_heads) * 2 for n in lengths]
         self.values = [random(n, self.num_kv_heads) for n in lengths]
         self.query = random(sum(r.query_len for r in self.requests), self.num_heads) * 2
-        self.scale = self.head_size**-0.5
+        self.attention = LayerAttention(self.head_size**-0.5, **self.kind)
         self.starts = [0]
         for r in self.requests:
             self.starts.append(self.starts[-1] + r.query_len)
         self._pack()
 
     def _pack(self) -> None:
-        """Blocks in random order; every slot without a token is NaN."""
+        """Blocks in random order; every slot without a token is NaN.
+
+        What is missing in the block table, at its end or before the window, is -1.
+        """
         d, size = self.head_size, self.block_size
         counts = [-(-r.seq_len // size) for r in self.requests]
         order = torch.randperm(sum(counts) + 2)
@@ -80,7 +85,9 @@ class Case:
         )
         taken = 0
         for r, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            for b in range(counts[r]):
+            first = self.requests[r].seq_len - self.requests[r].query_len + 1
+            first -= self.kind.get("window", first)  # vLLM gives away the blocks before its block
+            for b in range(max(0, first) // size, counts[r]):
                 block = int(order[taken])
                 taken += 1
                 self.block_table[r, b] = block
@@ -120,7 +127,7 @@ class Case:
         output.copy_(self.dense(torch.float64, steered=False))
         plan = self.plan()
         heads = plan.static.layers[LAYER]
-        kernel(self.query, self.kv_cache, output, plan, heads, self.scale, self.layout)
+        kernel(self.query, self.kv_cache, output, plan, heads, self.attention, self.layout)
         return output
 
     def dense(self, dtype: torch.dtype, steered: bool = True) -> torch.Tensor:
@@ -132,16 +139,25 @@ class Case:
                 continue
             q_pos = torch.arange(r.seq_len - r.query_len, r.seq_len)[:, None]
             k_pos = torch.arange(r.seq_len)[None]
+            hidden = (k_pos > q_pos) | (q_pos - k_pos >= self.kind.get("window", r.seq_len))
             emphasised = sum((k_pos >= a) & (k_pos < b) for a, b in r.spans).bool()
             scaled = steered & ~emphasised & (k_pos < (r.prompt_len or r.seq_len))
             bias = torch.where(scaled, torch.tensor(r.alpha, dtype=torch.float64).log(), 0.0)
-            bias = bias.masked_fill(k_pos > q_pos, float("-inf")).to(dtype)  # [T, S]
+            bias = bias.masked_fill(hidden, float("-inf")).to(dtype)  # [T, S]
             before = q_pos < r.spans[0][0]
             rows = slice(self.starts[i], self.starts[i + 1])
             for h in r.heads:
                 k, v = (x[i][:, h // group].to(dtype) for x in (self.keys, self.values))
-                logits = self.query[rows, h].to(dtype) @ k.T * self.scale
-                result = (logits + bias).softmax(-1) @ v
+                logits = self.query[rows, h].to(dtype) @ k.T * self.attention.scale
+                if cap := self.kind.get("soft_cap"):
+                    logits = (logits / cap).tanh() * cap
+                if (slopes := self.kind.get("alibi_slopes")) is not None:
+                    logits = logits + (slopes[h] * (k_pos - q_pos)).to(dtype)
+                logits = logits + bias
+                if (sinks := self.kind.get("sinks")) is not None:
+                    sink = sinks[h].to(dtype).expand(len(logits), 1)
+                    logits, v = torch.cat([logits, sink], 1), torch.cat([v, v[:1] * 0])
+                result = logits.softmax(-1) @ v
                 output[rows, h] = result.masked_fill(before, float("nan"))
         return output
 
@@ -199,6 +215,45 @@ CASES = {
     # One request and few heads: the keys are split among the threads.
     "split-keys": Case([decode(4001, spans=((100, 101), (3000, 3900)))]),
     "split-mixed": Case([decode(2500, heads=(0, 1, 3)), *(decode(n) for n in range(40, 50))]),
+    # A window ends in the context, at its edge or beyond; at a block's edge and next to it.
+    **{
+        f"window-{w}": Case(MIXED, kind={"window": w}, block_size=32)
+        for w in (1, 2, 31, 32, 33, 100, 128, 1024, 1025, 5000)
+    },
+    "window-amid-tiles": Case(
+        [prefill(1025, spans=((70, 75), (600, 700)), heads=(0, 1)), decode(777)],
+        kind={"window": 300},
+        block_size=64,
+    ),
+    "window-split-keys": Case([decode(4001, spans=((3000, 3900),))], kind={"window": 3001}),
+    "window-without-emphasis": Case(
+        [decode(700, spans=((5, 9),), prompt_len=690), decode(700, spans=((600, 700),))],
+        kind={"window": 40},
+    ),
+    "window-of-generated": Case(
+        [decode(900, spans=((5, 9),), prompt_len=800)], kind={"window": 64}
+    ),
+    "window-48": Case(MIXED, kind={"window": 50}, block_size=48, layout="vec16"),
+    **{f"soft-cap-{c}": Case(MIXED, kind={"soft_cap": c}) for c in (0.5, 5.0, 50.0)},
+    "alibi": Case(MIXED, kind={"alibi_slopes": torch.tensor([0.5, 0.25, 0.01, 1e-3])}),
+    "sinks": Case(MIXED, kind={"sinks": torch.tensor([0.0, 3.0, -20.0, 60.0])}),
+    "sinks-split-keys": Case(
+        [decode(4001, heads=(0, 1))], kind={"sinks": torch.tensor([2.0, 8.0, 0.0, 0.0])}
+    ),
+    "window-of-scaled-keys-and-a-sink": Case(
+        [decode(700, spans=((5, 9),)), prefill(97, heads=(0, 1))],
+        kind={"window": 40, "sinks": torch.tensor([1.0, 4.0, 0.0, 0.0])},
+    ),
+    "all-kinds": Case(
+        MIXED,
+        kind={
+            "window": 77,
+            "soft_cap": 8.0,
+            "alibi_slopes": torch.tensor([0.1, 0.2, 0.01, 0.0]),
+            "sinks": torch.tensor([0.0, 2.0, -3.0, 5.0]),
+        },
+        block_size=64,
+    ),
     **{
         f"alpha-{a}": Case([prefill(97, alpha=a), decode(300, alpha=a)])
         for a in (1e-4, 1e-30, 0.5, 1.0, 100.0)
@@ -257,6 +312,8 @@ WHOLE = {
         ]
     ),
     "a group of 8": Case([decode(300, heads=(1, 6)), decode(33)], num_heads=8, num_kv_heads=1),
+    "window": Case([decode(300, heads=(1,)), decode(33)], kind={"window": 40}, block_size=32),
+    "all kinds": Case([decode(300), decode(33, heads=(2,))], kind=CASES["all-kinds"].kind),
 }
 
 
@@ -282,7 +339,7 @@ def test_whole_layer(name, dtype, layout, kernel):
     plan = case.plan()
     assert plan.is_whole_decode
     heads = plan.static.layers[LAYER]
-    KERNELS[kernel](case.query, case.kv_cache, output, plan, heads, case.scale, layout, True)
+    KERNELS[kernel](case.query, case.kv_cache, output, plan, heads, case.attention, layout, True)
     tiny = torch.finfo(dtype).eps * truth.abs().max().item()
     assert error(output, truth) <= 2 * error(dense(dtype), truth) + tiny
 
@@ -307,7 +364,7 @@ def test_other_rows_and_heads_are_bitwise_untouched(layout):
     plan, output = case.plan(), torch.randn(case.query.shape).to(dtype)
     before = output.clone()
     cpu.steered_attention(
-        case.query, case.kv_cache, output, plan, plan.static.layers[LAYER], case.scale, layout
+        case.query, case.kv_cache, output, plan, plan.static.layers[LAYER], case.attention, layout
     )
     plain = case.dense(torch.float32).isnan()
     assert torch.equal(output[plain], before[plain])
@@ -364,7 +421,7 @@ def test_refuses_what_it_cannot_compute(change, message):
             output,
             plan,
             plan.static.layers[LAYER],
-            case.scale,
+            case.attention,
             case.layout,
         )
 

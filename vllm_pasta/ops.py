@@ -8,7 +8,7 @@ import torch
 from vllm_pasta import envs
 from vllm_pasta.errors import KernelError
 from vllm_pasta.kernels import cpu, reference
-from vllm_pasta.plan import LayerHeads, StepPlan
+from vllm_pasta.plan import LayerAttention, LayerHeads, StepPlan
 
 __all__ = ["prepare", "steered_attention"]
 
@@ -49,7 +49,7 @@ def steered_attention(
     output: torch.Tensor,
     plan: StepPlan,
     layer_heads: LayerHeads,
-    scale: float,
+    attention: LayerAttention,
     layout: str,
     whole: bool = False,
 ) -> None:
@@ -64,7 +64,7 @@ def steered_attention(
         _warn_uncovered(query.device.type, query.dtype, layout)
         choice = "reference"
     kernel = cpu.steered_attention if choice == "cpp" else reference.steered_attention
-    kernel(query, kv_cache, output, plan, layer_heads, scale, layout, whole)
+    kernel(query, kv_cache, output, plan, layer_heads, attention, layout, whole)
 
 
 @functools.cache

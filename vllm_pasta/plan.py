@@ -17,6 +17,28 @@ MIN_WHOLE_SHARE = 0.25
 """See `StepPlan.takes_whole`."""
 
 
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """What a layer computes, steering aside: causal attention of some kind.
+
+    Attributes:
+        scale: Softmax scale; above 0.
+        window: How many keys a row sees, its own included; None means all up to its own.
+        soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``, before ``log(alpha)`` is
+            added; None means they stay.
+        alibi_slopes: float32 ``[num_heads]``; ``slope * (key position - row position)`` is added
+            to the logits. None means nothing is.
+        sinks: ``[num_heads]``; one more logit in each row's softmax, without a value. It is no
+            token of the prompt, so it is never scaled. None means no sinks.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class LayerHeads:
     """The steered heads of one layer, per request, as compressed rows.
@@ -103,19 +125,20 @@ class StaticPlan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepPlan:
     """One step's steered requests.
 
     Query row i of request r stands at position ``seq_len[r] - query_len[r] + i`` and is steered
-    if that is at least ``first[r]``; rows before see only scaled keys, so they are plain.
+    if that is at least ``first[r]``; rows before see nothing emphasised, so they are plain.
 
     Attributes:
         static: What lasts.
         query_start: int32 ``[R]``; index of the request's first query row in the step.
         query_len: int32 ``[R]``; number of its query rows in the step.
         seq_len: int32 ``[R]``; number of its keys, this step's included.
-        block_table: int32 ``[R, max_blocks]``; its KV cache blocks.
+        block_table: int32 ``[R, max_blocks]``; its KV cache blocks. Those before a layer's window
+            may have been given away, and hold anything.
         is_whole_decode: Whether the step has one row per request, all of them steered: then a
             kernel may compute whole layers, and the plain one need not run.
     """

@@ -23,7 +23,7 @@ from vllm_pasta.integration import support
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.rows import EmphasisRows, rows_of
 from vllm_pasta.ops import prepare, steered_attention
-from vllm_pasta.plan import StepPlan
+from vllm_pasta.plan import LayerAttention, StepPlan
 
 
 class SteeredCPUAttentionBackend(CPUAttentionBackend):
@@ -58,8 +58,10 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             support.check_engine(vllm_config)
             layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
             for name in filterfalse(support.is_draft, layer_names):
-                support.check_layer(name, layers[name].impl, self.isa)
-                layers[name].impl.layer_index = extract_layer_index(name)
+                support.check_layer(name, layers[name])
+                impl = layers[name].impl
+                impl.layer_index = extract_layer_index(name)
+                impl.attention = layer_attention(impl)
             self._rows = rows_of(vllm_config)
             prepare()
 
@@ -83,6 +85,7 @@ class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
 
     layer_index: int | None = None
     """Over the whole model; set by the builder where emphasis is on. None in a draft model."""
+    attention: LayerAttention
 
     def forward(
         self,
@@ -106,5 +109,18 @@ class SteeredCPUAttentionImpl(CPUAttentionBackendImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         if plan is not None and heads is not None:
-            steered_attention(query, kv_cache, output, plan, heads, self.scale, layer.isa, whole)
+            steered_attention(
+                query, kv_cache, output, plan, heads, self.attention, layer.isa, whole
+            )
         return output
+
+
+def layer_attention(impl: CPUAttentionBackendImpl) -> LayerAttention:
+    """What the base's kernel computes for this layer, in our terms."""
+    return LayerAttention(
+        scale=impl.scale,
+        window=None if impl.sliding_window == -1 else impl.sliding_window,
+        soft_cap=impl.logits_soft_cap or None,
+        alibi_slopes=impl.alibi_slopes,
+        sinks=impl.sinks,
+    )

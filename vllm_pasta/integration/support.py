@@ -6,13 +6,13 @@ honour it does not start.
 
 from typing import TYPE_CHECKING
 
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 LAYOUTS = ("vec", "vec16", "amx")
 """KV cache layouts that the kernels read."""
@@ -60,21 +60,20 @@ def is_draft(layer_name: str) -> bool:
     return layer_name.startswith(_DRAFT_PREFIX)
 
 
-def check_layer(name: str, impl: "CPUAttentionBackendImpl", layout: str) -> None:
+def check_layer(name: str, layer: Attention) -> None:
     """Checks one attention layer, in the worker, once the model is there.
 
     Raises:
         UnsupportedError: lists every reason.
     """
+    impl, kind = layer.impl, type(layer).__name__
     reasons = {
-        "has a sliding window": impl.sliding_window != -1,
-        "has a logits soft cap": bool(impl.logits_soft_cap),
-        "has ALiBi": impl.alibi_slopes is not None,
-        "has attention sinks": impl.sinks is not None,
+        # Other kinds have builders of their own, which may rearrange the batch's rows.
+        f"is of kind {kind}, not Attention": type(layer) is not Attention,
         "shares another layer's KV cache": impl.kv_sharing_target_layer_name is not None,
         "has an fp8 KV cache": impl.is_fp8_kv_cache,
         f"has attention of type {impl.attn_type}": impl.attn_type != "decoder",
-        f"has KV cache layout {layout}, not {', '.join(LAYOUTS)}": layout not in LAYOUTS,
+        f"has KV cache layout {layer.isa}, not {', '.join(LAYOUTS)}": layer.isa not in LAYOUTS,
     }
     _refuse([f"layer {name} {reason}" for reason, holds in reasons.items() if holds])
 

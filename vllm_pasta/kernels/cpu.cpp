@@ -15,6 +15,8 @@
 // Where the caller wants the whole layer, there is no plain output: every head of every request is
 // computed, the steered ones with the bias and the others without, and all keys count as U.
 //
+// A sliding window bounds a row's keys from below. A sink is one more key of U, without a value.
+//
 // Work is cut into units: one request, one KV head with its steered query heads, some query rows,
 // some keys. A unit's rows are (query row, head) pairs, so a tile of K and V, once read, serves
 // every steered head of its group and every query row of the unit.
@@ -44,7 +46,8 @@ struct Shape {  // of one layer's tensors; strides in elements
   int64_t num_heads, num_kv_heads, head_size, block_size;
   int64_t query_row, query_head, output_row, output_head, kv_block, kv_head;
   int64_t format;  // Format
-  float scale;
+  int64_t window;  // keys that a row sees, its own included; more than any context if unbounded
+  float scale, soft_cap;  // soft_cap 0: none
 };
 
 struct Layer {
@@ -53,6 +56,7 @@ struct Layer {
   void* output;
   int64_t num_tokens, num_blocks;
   int64_t whole;  // bool: also the heads that are not steered
+  const float *alibi_slopes, *sinks;  // per query head; null if none
 };
 
 }  // extern "C"
@@ -102,6 +106,16 @@ struct PartState {
   float max, sum, kept;
 };
 
+// Whether rows that see keys among [begin, end) alone are plain: no key is scaled, or all are.
+bool is_plain(const Batch& batch, const Layer& layer, int r, long begin, long end) {
+  long unscaled = end - std::clamp<long>(batch.prompt_len[r], begin, end);
+  for (int i = batch.span_offsets[r]; i < batch.span_offsets[r + 1]; ++i) {
+    const int32_t* span = batch.spans + 2 * i;
+    unscaled += std::max(0L, std::min<long>(span[1], end) - std::max<long>(span[0], begin));
+  }
+  return unscaled == end - begin || (unscaled == 0 && !layer.sinks);
+}
+
 // Cuts the layer's work into units, none much larger than a thread's share.
 Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vector<Unit>& units,
             std::vector<Merge>& merges, std::vector<int32_t>& all_heads) {
@@ -119,9 +133,13 @@ Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vec
     if ((heads == heads_end && !layer.whole) || skip >= batch.query_len[r]) continue;
     if (batch.query_start[r] < 0 || batch.query_start[r] + batch.query_len[r] > layer.num_tokens)
       return BAD_ROW;
+    const auto window_begin = [&](long row) {
+      return std::max<long>(0, computed + row + 1 - shape.window);
+    };
     const long blocks = (batch.seq_len[r] + shape.block_size - 1) / shape.block_size;
     if (blocks > batch.max_blocks) return BAD_BLOCK;
-    for (long i = 0; i < blocks; ++i) {
+    // Blocks before the window may have been given away: they are not read.
+    for (long i = window_begin(skip) / shape.block_size; i < blocks; ++i) {
       const int32_t block = batch.block_table[r * batch.max_blocks + i];
       if (block < 0 || block >= layer.num_blocks) return BAD_BLOCK;
     }
@@ -139,8 +157,11 @@ Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vec
       const long rows = MAX_ROWS / n;
       for (long row = skip; row < batch.query_len[r]; row += rows) {
         const long m = std::min(rows, batch.query_len[r] - row);
-        units.push_back({r, kv_head, heads, n, mask, row, m, 0, computed + row + m, -1});
-        total += m * n * (computed + row + m);
+        const long begin = window_begin(row), end = computed + row + m;
+        if (begin > 0 && !layer.whole && is_plain(batch, layer, r, begin, end)) continue;
+        const long aligned = begin - begin % shape.block_size % 32;  // as AMX wants it
+        units.push_back({r, kv_head, heads, n, mask, row, m, aligned, end, -1});
+        total += m * n * (end - aligned);
       }
       heads += n;
     }
@@ -151,12 +172,13 @@ Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vec
   long partials = 0;
   for (size_t i = 0, whole = units.size(); i < whole; ++i) {
     const Unit unit = units[i];
-    const long cost = unit.rows * unit.num_heads * unit.key_end;
-    const long parts = std::min((cost + share - 1) / share, unit.key_end / MIN_SPLIT);
+    const long all_keys = unit.key_end - unit.key_begin;
+    const long cost = unit.rows * unit.num_heads * all_keys;
+    const long parts = std::min((cost + share - 1) / share, all_keys / MIN_SPLIT);
     if (parts < 2 || omp_get_max_threads() == 1) continue;
-    const long keys = ((unit.key_end + parts - 1) / parts + MAX_KEYS - 1) / MAX_KEYS * MAX_KEYS;
+    const long keys = ((all_keys + parts - 1) / parts + MAX_KEYS - 1) / MAX_KEYS * MAX_KEYS;
     merges.push_back({(long)units.size(), 0});
-    for (long begin = 0; begin < unit.key_end; begin += keys) {
+    for (long begin = unit.key_begin; begin < unit.key_end; begin += keys) {
       Unit part = unit;
       part.key_begin = begin;
       part.key_end = std::min(begin + keys, unit.key_end);
@@ -202,6 +224,34 @@ struct Kernel {
         last = std::max(last, to);
       }
     return {first / 32 * 32, last};
+  }
+
+  bool shapes_logits() const { return shape.soft_cap > 0.0f || layer.alibi_slopes; }
+
+  // Products of the tile at `key` to logits, before the bias.
+  void shape_logits(const Unit& unit, long first_position, long key, long n, float* logits) const {
+    const f32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (long m = 0; m < unit.rows * unit.num_heads; ++m, logits += KEY_STRIDE) {
+      const long position = first_position + m / unit.num_heads;
+      const int32_t head = unit.heads[m % unit.num_heads];
+      for (long j = 0; j < n; j += LANES) {
+        f32 x = load<f32>(logits + j) * shape.scale;
+        if (shape.soft_cap > 0.0f) x = shape.soft_cap * tanh(x / shape.soft_cap);
+        if (layer.alibi_slopes) x += layer.alibi_slopes[head] * (lane + (float)(key + j - position));
+        store(logits + j, x);
+      }
+    }
+  }
+
+  // Of the tile at `key`, hides what lies before the rows' windows.
+  void hide_before_window(const Unit& unit, long first_position, long key, long n,
+                          float* logits) const {
+    for (long m = 0; m < unit.rows * unit.num_heads; ++m) {
+      const long begin = first_position + m / unit.num_heads + 1 - shape.window;
+      float* row = logits + m * KEY_STRIDE;
+      std::fill(row, row + std::clamp<long>(begin - key, 0, n),
+                -std::numeric_limits<float>::infinity());
+    }
   }
 
   const T* block_of(const Unit& unit, long key) const {
@@ -263,13 +313,17 @@ struct Kernel {
                           ahead},
                          rows, groups, keys);
 
+      if (shapes_logits()) shape_logits(unit, first_position, key, n, logits);
+      if (key < first_position + unit.rows - shape.window)
+        hide_before_window(unit, first_position, key, n, logits);
+
       auto [first, last] = fill_bias(r, key, n, bias);
       if (!reuses_plain(r)) first = 0, last = n;
       const auto weigh = !reuses_plain(r) ? softmax_rows<Keep::ALL>
                          : first < last   ? softmax_rows<Keep::UNBIASED>
                                           : softmax_rows<Keep::NONE>;
       weigh(logits, bias, unit.steered, n, first_position + 1 - key, unit.num_heads, rows,
-            shape.scale, state, rescale);
+            shapes_logits() ? 1.0f : shape.scale, state, rescale);
       if (first >= last) continue;
       values += first / 2 * value_strides.pair;
       if (amx)
@@ -320,15 +374,23 @@ struct Kernel {
     }
   }
 
-  void write(const Unit& unit, long m, const float* sums, const PartState& state) const {
+  void write(const Unit& unit, long m, const float* sums, PartState state) const {
+    const int32_t head = unit.heads[m % unit.num_heads];
     T* target = static_cast<T*>(layer.output) +
                 (batch.query_start[unit.request] + unit.row + m / unit.num_heads) *
                     shape.output_row +
-                unit.heads[m % unit.num_heads] * shape.output_head;
+                head * shape.output_head;
+    float rescale = 1.0f;
+    if (layer.sinks) {
+      const float max = std::max(state.max, layer.sinks[head]);
+      const float sink = std::exp(layer.sinks[head] - max);
+      rescale = std::exp(state.max - max);
+      state = {max, state.sum * rescale + sink, state.kept * rescale + sink};
+    }
     const float alpha = std::exp(batch.log_alpha[unit.request]);
     const float plain_share = (state.sum - state.kept + alpha * state.kept) / state.sum;
     const bool reuse = reuses_plain(unit.request);
-    const float factor = (reuse ? 1.0f - alpha : 1.0f) / state.sum;
+    const float factor = (reuse ? 1.0f - alpha : 1.0f) * rescale / state.sum;
     for (long d = 0; d < shape.head_size; d += LANES) {
       f32 result = load<f32>(sums + d) * factor;
       if (reuse) result += Element::widen(target + d) * plain_share;

@@ -25,13 +25,14 @@ import torch
 
 from vllm_pasta import envs
 from vllm_pasta.errors import KernelError
-from vllm_pasta.plan import LayerHeads, StepPlan
+from vllm_pasta.plan import LayerAttention, LayerHeads, StepPlan
 
 logger = logging.getLogger(__name__)
 
 SOURCES = (Path(__file__).with_name("cpu.cpp"), Path(__file__).with_name("cpu_math.hpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-w")
 TIMEOUT_S = 300
+UNBOUNDED = 2**62  # a window that holds any context
 
 FORMATS = {  # (dtype, layout) -> Format in cpu.cpp
     (torch.float32, "vec"): 0,
@@ -62,7 +63,7 @@ def steered_attention(
     output: torch.Tensor,
     plan: StepPlan,
     layer_heads: LayerHeads,
-    scale: float,
+    attention: LayerAttention,
     layout: str,
     whole: bool = False,
 ) -> None:
@@ -86,8 +87,11 @@ def steered_attention(
         )
     shape = _shape(
         query.device, query.dtype, query.shape[1:], query.stride(),
-        kv_cache.shape[1:], kv_cache.stride(), output.stride(), scale, layout,
+        kv_cache.shape[1:], kv_cache.stride(), output.stride(),
+        attention.scale, attention.window, attention.soft_cap, layout,
     )  # fmt: skip
+    slopes = _per_head("alibi_slopes", attention.alibi_slopes, query.shape[1])
+    sinks = _per_head("sinks", attention.sinks, query.shape[1])
     layer = _Layer(
         _address("layer_heads.offsets", layer_heads.offsets),
         _address("layer_heads.heads", layer_heads.heads),
@@ -97,6 +101,8 @@ def steered_attention(
         query.shape[0],
         kv_cache.shape[0],
         whole,
+        None if slopes is None else slopes.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
     )
     if status := kernel(_batch(plan), shape, layer):
         raise ValueError(f"steered attention: {STATUS[status]}")
@@ -121,8 +127,8 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int64, "num_heads num_kv_heads head_size block_size"),
         *_fields(ctypes.c_int64, "query_row query_head output_row output_head kv_block kv_head"),
-        *_fields(ctypes.c_int64, "format"),
-        *_fields(ctypes.c_float, "scale"),
+        *_fields(ctypes.c_int64, "format window"),
+        *_fields(ctypes.c_float, "scale soft_cap"),
     ]
 
 
@@ -130,33 +136,27 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_void_p, "head_offsets heads query kv_cache output"),
         *_fields(ctypes.c_int64, "num_tokens num_blocks whole"),
+        *_fields(ctypes.c_void_p, "alibi_slopes sinks"),
     ]
 
 
-_last_batch: tuple[StepPlan, _Batch] | None = None
-
-
+@functools.lru_cache(maxsize=16)  # holds the plan, so that the addresses stay good
 def _batch(plan: StepPlan) -> _Batch:
-    """The plan's addresses: made once a step, as all layers of a step share its plan."""
-    global _last_batch
-    last = _last_batch
-    if last is None or last[0] is not plan:
-        static = plan.static
-        batch = _Batch(
-            len(static.batch_rows),
-            plan.block_table.shape[1],
-            *(
-                _address(name, getattr(plan, name))
-                for name in ("query_start", "query_len", "seq_len", "block_table")
-            ),
-            *(
-                _address(name, getattr(static, name))
-                for name in ("first", "prompt_len", "span_offsets", "spans")
-            ),
-            _address("log_alpha", static.log_alpha, torch.float32),
-        )
-        _last_batch = last = (plan, batch)  # holds the plan, so that the addresses stay good
-    return last[1]
+    """The plan's addresses: made once a step and group of layers, which share a plan."""
+    static = plan.static
+    return _Batch(
+        len(static.batch_rows),
+        plan.block_table.shape[1],
+        *(
+            _address(name, getattr(plan, name))
+            for name in ("query_start", "query_len", "seq_len", "block_table")
+        ),
+        *(
+            _address(name, getattr(static, name))
+            for name in ("first", "prompt_len", "span_offsets", "spans")
+        ),
+        _address("log_alpha", static.log_alpha, torch.float32),
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -169,6 +169,8 @@ def _shape(
     cache_stride: tuple[int, ...],
     output_stride: tuple[int, ...],
     scale: float,
+    window: int | None,
+    soft_cap: float | None,
     layout: str,
 ) -> _Shape:
     """Checks what all calls of a layer have in common, once.
@@ -194,19 +196,33 @@ def _shape(
             query_stride[2] == output_stride[2] == 1
         ),
         "each KV cache block contiguous": cache_stride[2:] == (width, 1),
+        "scale, window and soft_cap above 0": (
+            scale > 0 and (window is None or window > 0) and (soft_cap is None or soft_cap > 0)
+        ),
     }
     if missing := [text for text, holds in expected.items() if not holds]:
         raise ValueError(
             f"steered attention: expected {'; '.join(missing)}; got device {device}, {dtype}, "
             f"layout {layout!r}, query [*, {num_heads}, {head_size}] with strides {query_stride}, "
             f"kv_cache [*, {', '.join(map(str, cache))}] with strides {cache_stride}, "
-            f"output with strides {output_stride}"
+            f"output with strides {output_stride}, scale {scale}, window {window}, "
+            f"soft_cap {soft_cap}"
         )
     return _Shape(
         num_heads, num_kv_heads, head_size, block_size,
         *query_stride[:2], *output_stride[:2], *cache_stride[:2],
-        FORMATS[dtype, layout], scale,
+        FORMATS[dtype, layout], UNBOUNDED if window is None else window, scale, soft_cap or 0.0,
     )  # fmt: skip
+
+
+def _per_head(name: str, values: torch.Tensor | None, num_heads: int) -> torch.Tensor | None:
+    """One float32 per query head, whatever dtype a model keeps them in."""
+    if values is not None and (values.shape != (num_heads,) or not values.is_cpu):
+        raise ValueError(
+            f"steered attention: expected {name} [{num_heads}] on the CPU, got "
+            f"{tuple(values.shape)} on {values.device}"
+        )
+    return None if values is None else values.detach().float().contiguous()
 
 
 def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype = torch.int32) -> int:

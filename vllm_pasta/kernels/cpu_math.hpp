@@ -92,6 +92,18 @@ inline f32 exp(f32 x) {
   return (f32)((i32)p + ((i32)shifted << 23));
 }
 
+// tanh, to about 1e-7 of its value (the polynomial is Cephes').
+inline f32 tanh(f32 x) {
+  const f32 size = (f32)((i32)x & 0x7fffffff), square = x * x;
+  const f32 e = exp(size * -2.0f), far = (1.0f - e) / (1.0f + e);
+  f32 p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
+}
+
 // ---- Element types: 16 of them to floats and back --------------------------------------------
 
 struct Float {

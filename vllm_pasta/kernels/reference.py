@@ -7,7 +7,7 @@ For a steered query head, the logits of the prompt's tokens outside the emphasis
 
 import torch
 
-from vllm_pasta.plan import LayerHeads, StepPlan
+from vllm_pasta.plan import LayerAttention, LayerHeads, StepPlan
 
 
 def steered_attention(
@@ -16,7 +16,7 @@ def steered_attention(
     output: torch.Tensor,
     plan: StepPlan,
     layer_heads: LayerHeads,
-    scale: float,
+    attention: LayerAttention,
     layout: str,
     whole: bool = False,
 ) -> None:
@@ -29,7 +29,7 @@ def steered_attention(
         output: ``[num_tokens, num_heads, head_size]``, the plain attention's; written in place.
         plan: The step's steered requests.
         layer_heads: This layer's steered heads.
-        scale: Softmax scale.
+        attention: What the layer computes.
         layout: How a block holds keys and values: see `gather_kv`.
         whole: Instead overwrite all heads and rows of the plan's requests, the steered heads with
             the bias and the others without. No row may stand before its request's first
@@ -55,23 +55,34 @@ def steered_attention(
         for start, end in static.spans[span_bounds[r] : span_bounds[r + 1]].tolist():
             bias[start:end] = 0.0
 
-        kv_heads, kv_index = torch.unique(heads // group_size, return_inverse=True)
-        keys, values = gather_kv(kv_cache, plan.block_table[r], seq_len, kv_heads, layout)
         begin = int(plan.query_start[r])
         rows = slice(begin + skip, begin + query_len)
+        position = torch.arange(computed + skip, seq_len)[:, None]
+        window = attention.window or seq_len
+        start = max(0, computed + skip + 1 - window)  # the first row's first key
+        key = torch.arange(start, seq_len)
+        kv_heads, kv_index = torch.unique(heads // group_size, return_inverse=True)
+        keys, values = gather_kv(kv_cache, plan.block_table[r], start, seq_len, kv_heads, layout)
         q = query[rows][:, heads].transpose(0, 1).float()
-        logits = q @ keys[kv_index].transpose(1, 2) * scale
-        logits += torch.where(steered[heads, None, None], bias, 0.0)
-        position = torch.arange(computed + skip, seq_len)
-        future = torch.arange(seq_len) > position[:, None]
-        weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
+        logits = q @ keys[kv_index].transpose(1, 2) * attention.scale
+        if attention.soft_cap is not None:
+            logits = (logits / attention.soft_cap).tanh() * attention.soft_cap
+        if attention.alibi_slopes is not None:
+            logits += attention.alibi_slopes[heads, None, None] * (key - position)
+        logits += torch.where(steered[heads, None, None], bias[start:], 0.0)
+        logits.masked_fill_((key > position) | (key <= position - window), float("-inf"))
+        if attention.sinks is not None:
+            sink = attention.sinks[heads, None, None].float().expand(-1, len(position), 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        weights = logits.softmax(dim=-1)[..., : len(key)]
         output[rows, heads] = (weights @ values[kv_index]).transpose(0, 1).to(output.dtype)
 
 
 def gather_kv(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
-    seq_len: int,
+    start: int,
+    end: int,
     kv_heads: torch.Tensor,
     layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,15 +98,17 @@ def gather_kv(
     Args:
         kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
         block_table: int32 ``[max_blocks]``.
-        seq_len: How many tokens to read.
+        start: First token to read; blocks before its own are not touched.
+        end: Where to stop reading.
         kv_heads: int64 ``[n]``; which KV heads.
         layout: One of the names above.
 
     Returns:
-        Keys and values, each float32 ``[n, seq_len, head_size]``.
+        Keys and values, each float32 ``[n, end - start, head_size]``.
     """
     block_size, head_size = kv_cache.shape[2], kv_cache.shape[3] // 2
-    blocks = block_table[: -(-seq_len // block_size)].long()
+    first = start // block_size
+    blocks = block_table[first : -(-end // block_size)].long()
     packed = kv_cache[blocks[:, None], kv_heads].float().flatten(2)  # [blocks, n, 2 * half]
     k, v = packed.chunk(2, dim=2)
     b, n = k.shape[:2]
@@ -108,4 +121,5 @@ def gather_kv(
     else:
         raise ValueError(f"unknown KV cache layout {layout!r}; known are vec, vec16, amx")
     k, v = (x.reshape(b, n, block_size, head_size).transpose(0, 1).flatten(1, 2) for x in (k, v))
-    return k[:, :seq_len], v[:, :seq_len]
+    tokens = slice(start - first * block_size, end - first * block_size)
+    return k[:, tokens], v[:, tokens]
