@@ -1,7 +1,7 @@
 """Tiny random models and prompts."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(folder, *, heads=4, kv_heads=2, head_size=32, layers=4, dtype=torch.float32):
@@ -20,6 +20,58 @@ def tiny_llama(folder, *, heads=4, kv_heads=2, head_size=32, layers=4, dtype=tor
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+WINDOW = 40
+_MIXED = ["sliding_attention", "full_attention"] * 2
+ATTENTION_KINDS = {  # model type -> what makes it unlike a Llama of two layers
+    "qwen3": {"num_key_value_heads": 1},  # normalises queries and keys
+    "mistral": {"sliding_window": WINDOW},
+    "gemma2": {"head_dim": 96, "sliding_window": WINDOW, "layer_types": _MIXED,
+               "attn_logit_softcapping": 3.0, "final_logit_softcapping": 30.0,
+               "query_pre_attn_scalar": 96, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 1, "sliding_window": WINDOW,
+                    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+                    "query_pre_attn_scalar": 256},
+    # Layers of two head sizes, so of two block sizes; the last two use the KV cache of others.
+    "gemma4_text": {"head_dim": 32, "global_head_dim": 64, "sliding_window": WINDOW,
+                    "num_hidden_layers": 6, "layer_types": _MIXED + _MIXED[:2],
+                    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0,
+                    "tie_word_embeddings": True},
+    "gpt_oss": {"sliding_window": WINDOW, "layer_types": _MIXED, "num_local_experts": 4,
+                "num_experts_per_tok": 2, "initializer_range": 0.1},
+    "bloom": {"n_head": 4, "n_layer": 4, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def tiny_model(folder, model_type):
+    """Saves a random model of 4 layers, one of ATTENTION_KINDS."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": 256,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.15,
+            "tie_word_embeddings": False,
+            **ATTENTION_KINDS[model_type],
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, 1.0)
+        if config.tie_word_embeddings and name in ("model.norm.weight", "transformer.ln_f.weight"):
+            # Else the last token is repeated for ever. Gemma adds 1.
+            torch.nn.init.normal_(parameter, -1.0 if model_type == "gemma2" else 0.0)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 
 @dataclass
@@ -35,44 +35,77 @@ def _steering(steering: Steering | None):
         _current = None
 
 
-def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
+def _add_bias(logits, layer, position):
+    """Adds log(alpha) to scaled keys, in place.
+
+    logits: float ``[1, heads, rows, keys]``, or one row for all where the softmax will cancel the
+    difference. position: int ``[rows]``; rows before the first emphasised token see nothing that
+    is emphasised, so they stay as they are.
+    """
+    if _current is None or layer not in _current.heads:
+        return
+    emphasised = {t for a, b in _current.spans for t in range(a, b)}
+    bias = torch.tensor(
+        [
+            math.log(_current.alpha) if t < _current.prompt_len and t not in emphasised else 0.0
+            for t in range(logits.shape[-1])
+        ]
+    )
+    steered = position >= min(emphasised)
+    for head in _current.heads[layer]:
+        logits[:, head] += torch.where(steered[:, None], bias, 0.0)
+
+
+def _attention(
+    module, query, key, value, attention_mask, scaling,
+    sliding_window=None, softcap=None, s_aux=None, **kwargs,
+):  # fmt: skip
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1).float()
     value = value.repeat_interleave(group, dim=1).float()
     rows, keys = query.shape[2], key.shape[2]
+    position = torch.arange(keys - rows, keys)
     logits = query.float() @ key.transpose(2, 3) * scaling
-    if _current is not None and module.layer_idx in _current.heads:
-        emphasised = {t for a, b in _current.spans for t in range(a, b)}
-        bias = torch.tensor(
-            [
-                math.log(_current.alpha) if t < _current.prompt_len and t not in emphasised else 0.0
-                for t in range(keys)
-            ]
-        )
-        for head in _current.heads[module.layer_idx]:
-            logits[:, head] += bias
-    future = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
-    weights = logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    _add_bias(logits, module.layer_idx, position)
+    distance = position[:, None] - torch.arange(keys)
+    hidden = (distance < 0) | (distance >= (sliding_window or keys))
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.float().view(1, -1, 1, 1).expand(1, -1, rows, 1)], -1)
+    weights = logits.softmax(dim=-1)[..., :keys]
     return (weights @ value).transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register("pasta_oracle", _attention)
 
 
+def _bloom_hook(module, args, kwargs):
+    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits."""
+    alibi = kwargs["alibi"].clone()
+    _add_bias(alibi[None], module.layer_idx, torch.tensor([alibi.shape[-1]]))
+    return args, {**kwargs, "alibi": alibi}
+
+
 class Oracle:
     """A transformers model under steered attention."""
 
     def __init__(self, path, dtype=torch.float32):
+        bloom = AutoConfig.from_pretrained(path).model_type == "bloom"
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="pasta_oracle"
+            path, dtype=dtype, attn_implementation="eager" if bloom else "pasta_oracle"
         ).eval()
+        for block in self.model.transformer.h if bloom else ():
+            block.self_attention.register_forward_pre_hook(_bloom_hook, with_kwargs=True)
+            block.mlp.gelu_impl = torch.nn.GELU()  # as vLLM; transformers approximates it
 
     @torch.inference_mode()
     def generate(self, prompt_ids, max_tokens, steering=None, stop_ids=()):
         """Greedy tokens, and the log-probabilities each was chosen from: float32 [n, vocab]."""
         tokens, rows = [], []
         with _steering(steering):
-            ids, cache = torch.tensor([prompt_ids]), None
+            ids, cache = torch.tensor([prompt_ids]), DynamicCache()  # keeps all keys
             while len(tokens) < max_tokens:
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values

@@ -1,9 +1,9 @@
 """Every request is steered as asked or refused with a reason, before it runs."""
 
 import json
+from copy import copy
 
 import pytest
-import torch
 import vllm
 from oracle import Steering
 
@@ -174,20 +174,30 @@ def test_engine_that_cannot_steer_does_not_start(options, reason, tiny):
         start(tiny, skip_tokenizer_init=True, **options)
 
 
-def test_layer_that_cannot_be_steered(tmp_path):
+@pytest.mark.parametrize(
+    ("where", "attribute", "value", "reason"),
+    [
+        ("impl", "is_fp8_kv_cache", True, "has an fp8 KV cache"),
+        ("impl", "attn_type", "encoder", "attention of type encoder"),
+        ("impl", "num_heads", 2, "has 2 query heads, not 4"),
+        ("layer", "head_size_v", 16, "values of another head size"),
+        ("layer", "isa", "neon", "layout neon"),
+    ],
+)
+def test_layer_that_cannot_be_steered(where, attribute, value, reason, small_batches):
     """Found in the worker, once the layers are there."""
-    from conftest import start
-    from transformers import MistralConfig, MistralForCausalLM
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
 
-    torch.manual_seed(0)
-    MistralForCausalLM(
-        MistralConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, head_dim=32, sliding_window=16,
-        )
-    ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(UnsupportedError, match="sliding window"):
-        start(tmp_path, skip_tokenizer_init=True)
+    from vllm_pasta.integration.support import check_layer
+
+    config = small_batches.llm_engine.vllm_config
+    layer = copy(next(iter(get_layers_from_vllm_config(config, Attention).values())))
+    layer.impl = copy(layer.impl)
+    check_layer("layers.0", layer, 4)
+    setattr(layer if where == "layer" else layer.impl, attribute, value)
+    with pytest.raises(UnsupportedError, match=f"layer layers.0 .*{reason}"):
+        check_layer("layers.0", layer, 4)
 
 
 @pytest.mark.parametrize(

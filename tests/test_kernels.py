@@ -187,7 +187,7 @@ CASES = {
     **{f"prefill-{n}": Case([prefill(n, heads=(1,))]) for n in (1, 17, 97, 513)},
     **{
         f"head-size-{d}": Case([prefill(97), decode(145)], head_size=d)
-        for d in (32, 64, 80, 96, 112, 128, 256)
+        for d in (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # all that vLLM has
     },
     **{
         f"block-size-{b}": Case([prefill(49), decode(700)], block_size=b)
@@ -406,6 +406,8 @@ def test_step_with_another_plan():
         ({"layout": "neon"}, "dtype and layout"),
         ({"query": torch.zeros(1, 2, 64)}, "head lies outside"),
         ({"block_table": torch.zeros(1, 1, dtype=torch.int64)}, "block_table as contiguous"),
+        ({"attention": LayerAttention(0.125, window=0)}, "window"),
+        ({"attention": LayerAttention(0.125, sinks=torch.zeros(3))}, r"sinks \[4\]"),
     ],
 )
 def test_refuses_what_it_cannot_compute(change, message):

@@ -41,6 +41,9 @@ class SteeredCPUAttentionBackend(CPUAttentionBackend):
 class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Puts a step's plan beside the base's metadata, as attribute ``steering``.
 
+    An engine has one builder per group of layers whose KV cache is managed alike. All take their
+    rows from the same `EmphasisRows`; block tables are the group's own.
+
     Raises:
         UnsupportedError: emphasis is on, and a layer of this group cannot honour it.
     """
@@ -57,8 +60,11 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         if is_enabled(vllm_config):
             support.check_engine(vllm_config)
             layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+            num_heads = vllm_config.model_config.get_num_attention_heads(
+                vllm_config.parallel_config
+            )
             for name in filterfalse(support.is_draft, layer_names):
-                support.check_layer(name, layers[name])
+                support.check_layer(name, layers[name], num_heads)
                 impl = layers[name].impl
                 impl.layer_index = extract_layer_index(name)
                 impl.attention = layer_attention(impl)

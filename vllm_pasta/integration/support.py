@@ -42,6 +42,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "a KV connector is configured": vllm_config.kv_transfer_config is not None,
         "KV offloading is on": bool(getattr(cache, "kv_offloading_size", None)),
         "LoRA is on": vllm_config.lora_config is not None,
+        "kv_sharing_fast_prefill is on": cache.kv_sharing_fast_prefill,
         f"the KV cache is {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
@@ -60,8 +61,13 @@ def is_draft(layer_name: str) -> bool:
     return layer_name.startswith(_DRAFT_PREFIX)
 
 
-def check_layer(name: str, layer: Attention) -> None:
+def check_layer(name: str, layer: Attention, num_heads: int) -> None:
     """Checks one attention layer, in the worker, once the model is there.
+
+    Args:
+        name: The layer's.
+        layer: The layer.
+        num_heads: Query heads of this rank; what requests may name is checked against them.
 
     Raises:
         UnsupportedError: lists every reason.
@@ -70,7 +76,10 @@ def check_layer(name: str, layer: Attention) -> None:
     reasons = {
         # Other kinds have builders of their own, which may rearrange the batch's rows.
         f"is of kind {kind}, not Attention": type(layer) is not Attention,
-        "shares another layer's KV cache": impl.kv_sharing_target_layer_name is not None,
+        f"has {impl.num_heads} query heads, not {num_heads} as the model": (
+            impl.num_heads != num_heads
+        ),
+        "has values of another head size than its keys": layer.head_size_v != layer.head_size,
         "has an fp8 KV cache": impl.is_fp8_kv_cache,
         f"has attention of type {impl.attn_type}": impl.attn_type != "decoder",
         f"has KV cache layout {layer.isa}, not {', '.join(LAYOUTS)}": layer.isa not in LAYOUTS,
