@@ -164,6 +164,7 @@ def test_not_switched_on(engine, tiny):
          "KV connector"),
         ({"enable_lora": True}, "LoRA"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"runner": "pooling"}, "runner is pooling"),
     ],
 )  # fmt: skip
