@@ -9,9 +9,9 @@ from oracle import Steering
 
 import vllm_pasta
 from vllm_pasta import EmphasisError, HeadSetError, UnsupportedError
+from vllm_pasta.emphasis import WIRE_KEY
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.heads import bundled
-from vllm_pasta.integration.admission import WIRE_KEY
 from vllm_pasta.integration.config import PastaConfig
 
 PROMPT = "Name three colours. Answer in JSON. Be brief."
@@ -160,8 +160,6 @@ def test_not_switched_on(engine, tiny):
     [
         ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
          "method ngram_gpu, not ngram or draft_model"),
-        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-         "KV connector"),
         ({"enable_lora": True}, "LoRA"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),

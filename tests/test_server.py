@@ -3,30 +3,21 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from oracle import Steering
+from servers import SERVE, VLLM, environment, metric, running
 
-VLLM = Path(sys.executable).parent / "vllm"
 PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives in"
 FACT = "Ann lives in Oslo"
 HEADS = {str(layer): list(range(9)) for layer in range(20, 25)}
 MESSAGES = [{"role": "user", "content": "Name a colour. Answer in JSON."}]
-
-
-def environment(**changes):
-    """As a user's: nothing of what conftest sets for in-process engines."""
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**env, "VLLM_CPU_KVCACHE_SPACE": "1", **changes}
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +30,10 @@ def heads_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(smollm2, heads_file, tmp_path_factory):
     """The base URL of a server with the bundled heads as default."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
-    process = subprocess.Popen(
-        [VLLM, "serve", smollm2, "--served-model-name", "m", "--host", "127.0.0.1",
-         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
-         "--gpu-memory-utilization", "0.05",
-         "--plugin", "pasta", "--pasta-heads", heads_file, "--pasta-alpha", "0.01"],
-        env=environment(VLLM_PLUGINS="pasta"), stdout=log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            if process.poll() is not None:
-                break
-            time.sleep(1)
-        else:
-            pytest.fail("the server did not come up")
-        if process.poll() is not None:
-            log.seek(0)
-            pytest.fail(log.read()[-5000:])
+    command = [VLLM, "serve", smollm2, *SERVE, "--pasta-heads", heads_file, "--pasta-alpha", "0.01"]
+    folder = tmp_path_factory.mktemp("log")
+    with running([(command, {"VLLM_PLUGINS": "pasta"})], folder) as (url,):
         yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -359,11 +323,6 @@ def test_routes(server, heads_file):
     assert resolved["emphasised"][0]["text"].strip() == "Be brief."
     for bad in ({**body, "emphasis": "Bergen"}, {**body, "emphasis": {"spans": [[1, 0]]}}, {}):
         assert httpx.post(url, json=bad).status_code == 400
-
-
-def metric(server, name):
-    lines = httpx.get(f"{server}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 def test_metrics(server, client):

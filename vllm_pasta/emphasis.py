@@ -25,6 +25,9 @@ FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads", "emphasis_mar
 
 KEY = "emphasis"
 
+WIRE_KEY = "_vllm_pasta"
+"""Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form."""
+
 MARKUPS = ("tag", "markdown", "off")
 
 Span = tuple[int, int]

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_pasta.emphasis import KEY, Emphasis, ResolvedEmphasis, has_emphasis, is_ours
+from vllm_pasta.emphasis import KEY, WIRE_KEY, Emphasis, ResolvedEmphasis, has_emphasis, is_ours
 from vllm_pasta.errors import EmphasisError, HeadSetError
 from vllm_pasta.heads import HeadSet
-from vllm_pasta.integration import observe, support
+from vllm_pasta.integration import connectors, observe, support
 from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.locate import CHAT_KEY, Located, Locator
 from vllm_pasta.markup import Markup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-WIRE_KEY = "_vllm_pasta"
-"""Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form."""
 
 
 class Admitted(dict[str, Any]):
@@ -83,8 +80,10 @@ class Admission:
         self.config = PastaConfig.of(vllm_config)
         self.locator = Locator(get_tokenizer)
         self.num_layers = self.num_heads = 0
+        self._takes_kv = False
         if self.config is not None:
             support.check_engine(vllm_config)
+            self._takes_kv = connectors.takes_kv_by_request(vllm_config.kv_transfer_config)
             model, parallel = vllm_config.model_config, vllm_config.parallel_config
             self.num_layers = model.get_total_num_hidden_layers()
             self.num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
@@ -133,7 +132,11 @@ class Admission:
         try:
             if WIRE_KEY in extra_args:
                 raise EmphasisError(f"reserved; send `{KEY}`", field=WIRE_KEY)
-            return self.resolve(params, extra_args, prompt, resumable=resumable)
+            resolution = self.resolve(params, extra_args, prompt, resumable=resumable)
+            if self._takes_kv:
+                emphasis = None if resolution is None else resolution.emphasis
+                connectors.check_received(extra_args, emphasis)
+            return resolution
         except EmphasisError as e:
             observe.refused(e.field)
             raise AdmissionError(e) from None

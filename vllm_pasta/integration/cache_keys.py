@@ -9,8 +9,7 @@ shares everything, and nothing wrong is ever shared.
 
 from typing import Any
 
-from vllm_pasta.emphasis import ResolvedEmphasis
-from vllm_pasta.integration.admission import WIRE_KEY
+from vllm_pasta.emphasis import WIRE_KEY, ResolvedEmphasis
 
 TAG = "pasta"
 
@@ -40,7 +39,11 @@ def request_emphasis(request: Any) -> ResolvedEmphasis | None:
     try:
         return request._vllm_pasta  # type: ignore[no-any-return]
     except AttributeError:
-        params = request.sampling_params
-        wire = ((params and params.extra_args) or {}).get(WIRE_KEY)
-        request._vllm_pasta = ResolvedEmphasis.from_wire(wire) if wire else None
+        request._vllm_pasta = carried_emphasis(request.sampling_params)
         return request._vllm_pasta  # type: ignore[no-any-return]
+
+
+def carried_emphasis(params: Any) -> ResolvedEmphasis | None:
+    """The resolved emphasis that admission put into sampling params."""
+    wire = ((params and params.extra_args) or {}).get(WIRE_KEY)
+    return ResolvedEmphasis.from_wire(wire) if wire else None

@@ -20,9 +20,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as LogitsProcessorV2,
 )
 
-from vllm_pasta.emphasis import ResolvedEmphasis, has_emphasis
+from vllm_pasta.emphasis import WIRE_KEY, ResolvedEmphasis, has_emphasis
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration.admission import WIRE_KEY
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.plan import StaticPlan
 

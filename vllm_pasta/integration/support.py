@@ -10,6 +10,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration import connectors
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,8 +40,6 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         f"speculative decoding is of method {method}, not {' or '.join(SPECULATIVE_METHODS)}": (
             speculative is not None and method not in SPECULATIVE_METHODS
         ),
-        "a KV connector is configured": vllm_config.kv_transfer_config is not None,
-        "KV offloading is on": bool(getattr(cache, "kv_offloading_size", None)),
         "LoRA is on": vllm_config.lora_config is not None,
         "kv_sharing_fast_prefill is on": cache.kv_sharing_fast_prefill,
         f"the KV cache is {cache.cache_dtype}": cache.cache_dtype != "auto",
@@ -53,7 +52,10 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "the model is multimodal": model.is_multimodal_model,
         "the model is a diffusion model": model.is_diffusion,
     }
-    _refuse([reason for reason, holds in reasons.items() if holds])
+    _refuse(
+        [reason for reason, holds in reasons.items() if holds]
+        + connectors.refusals(vllm_config.kv_transfer_config)
+    )
 
 
 def is_draft(layer_name: str) -> bool:

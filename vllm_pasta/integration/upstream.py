@@ -176,6 +176,16 @@ def _build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
     return build_logitsprocs
 
 
+def _get_connector_class(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_connector_class(cls: Any, kv_transfer_config: Any) -> Any:
+        from vllm_pasta.integration.connectors import honouring
+
+        return honouring(original(cls, kv_transfer_config), kv_transfer_config)
+
+    return get_connector_class
+
+
 def _to_beam_search_params(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,6 +249,16 @@ PATCHES = (
         "vllm.v1.sample.logits_processor:build_logitsprocs",
         _build_logitsprocs,
         "82609dd72304",
+    ),
+    Patch(  # imported there by name, for KV cache events
+        "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+        _block_hash_extra_keys,
+        "fabb6e4b928a",
+    ),
+    Patch(
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.get_connector_class",
+        _get_connector_class,
+        "006f844582d8",
     ),
     Patch("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args, "0b7444570415"),
     Patch("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args, "51a013f61829"),
