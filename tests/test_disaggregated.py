@@ -28,7 +28,7 @@ from vllm_pasta.integration import connectors
 
 PROXY = Path(__file__).parent.parent / "examples" / "disaggregated" / "proxy.py"
 FACT = "Ann lives in Oslo"
-HEADS = {str(layer): list(range(9)) for layer in range(20, 25)}
+HEADS = {str(layer): list(range(9)) for layer in range(8, 25)}
 BLOCK = 32
 TEXT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. " * 7 + "Ann lives in"
 """Three full blocks and a part of one."""
@@ -37,7 +37,7 @@ EMPHASES = [
     FACT,
     {"text": {"text": FACT, "occurrence": 2}},
     {"text": "Ann lived in Rome", "alpha": 0.1},
-    {"text": "Ann lived in Rome", "alpha": 0.1, "heads": {"20": [0, 1, 2], "21": [4]}},
+    {"text": "Ann lived in Rome", "alpha": 0.1, "heads": {"9": [0, 1, 2], "20": [4]}},
 ]
 
 
@@ -117,14 +117,19 @@ def complete(server, emphasis=None, **fields):
     reply = httpx.post(f"{server}/v1/completions", json=body(emphasis, **fields), timeout=60)
     assert reply.status_code == 200, reply.text
     if fields.get("stream"):
-        lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
-        return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
-    return reply.json()["choices"][0]["text"]
+        parts = [json.loads(line[6:]) for line in reply.text.splitlines() if line[6:7] == "{"]
+    else:
+        parts = [reply.json()]
+    return "".join(part["choices"][0]["text"] for part in parts)
 
 
 @pytest.fixture(scope="module")
 def expected(cluster, smollm2, smollm2_oracle):
-    """The oracle's answer to TEXT for each of EMPHASES."""
+    """The oracle's answer to TEXT for each of EMPHASES.
+
+    With so many steered heads, the first decoded tokens depend on how the prompt's KV was computed:
+    a decode server that steers on plain KV answers otherwise.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -140,7 +145,6 @@ def expected(cluster, smollm2, smollm2_oracle):
             heads = {int(layer): heads for layer, heads in resolved["heads"].items()}
             steering = Steering(spans, heads, resolved["alpha"], len(ids))
         answers.append(tokenizer.decode(smollm2_oracle.generate(ids, 4, steering)[0]))
-    assert len(set(answers[:3])) > 1  # else the tests here would show nothing
     return answers
 
 
