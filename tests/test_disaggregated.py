@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_another_emphasis_is_refused(first, then, stream, cluster):
         reply = httpx.post(f"{cluster.decode}/v1/completions", json=asked)
         assert reply.status_code == 400
         assert "kv_transfer_params.pasta" in reply.json()["error"]["message"]
+
+
+def test_refusal_frees_the_blocks(cluster):
+    """Else the prefill server would hold them until their lease ends, 30 s later."""
+
+    def used():
+        complete(cluster.prefill, max_tokens=1)  # a step, in which it hears of its readers
+        return metric(cluster.prefill, "vllm:kv_cache_usage_perc")
+
+    before = used()
+    asked = body(FACT, max_tokens=1, kv_transfer_params={"do_remote_decode": True})
+    reply = httpx.post(f"{cluster.prefill}/v1/completions", json=asked)
+    assert used() > before
+    asked = body(None, kv_transfer_params=reply.json()["kv_transfer_params"])
+    assert httpx.post(f"{cluster.decode}/v1/completions", json=asked).status_code == 400
+    deadline = time.monotonic() + 10
+    while used() > before:
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("i", [0, 2])
