@@ -123,3 +123,31 @@ class Oracle:
             return (
                 self.model(input_ids=torch.tensor([prompt_ids])).logits[0].float().log_softmax(-1)
             )
+
+    @torch.inference_mode()
+    def beam_search(self, prompt_ids, width, max_tokens, steering=None, eos=None, penalty=1.0):
+        """Beams as vLLM counts them, best first: ``[(tokens, sum of log-probabilities)]``.
+
+        Without a cache: every step of every beam is a whole forward pass. Beams that end with
+        ``eos`` are done; all compete by sum / (prompt and generated tokens) ** penalty at the end,
+        ``eos`` not counted.
+        """
+        beams, done = [([], 0.0)], []
+        for _ in range(max_tokens):
+            longer = []
+            for tokens, score in beams:
+                row = self.prompt_logprobs(prompt_ids + tokens, steering)[-1]
+                top = row.topk(2 * width)  # a beam's other tokens are no candidates
+                longer += [
+                    ([*tokens, t], score + lp)
+                    for t, lp in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ]
+            done += [beam for beam in longer if beam[0][-1] == eos]
+            going = [beam for beam in longer if beam[0][-1] != eos]
+            beams = sorted(going, key=lambda beam: -beam[1])[:width]
+
+        def score(beam):
+            count = len(prompt_ids) + len(beam[0]) - (beam[0][-1] == eos)
+            return beam[1] / count**penalty
+
+        return sorted(done + beams, key=score, reverse=True)[:width]

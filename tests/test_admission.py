@@ -242,19 +242,3 @@ def test_extra_and_extra_args():
     assert both.extra is None
     with pytest.raises(ValueError, match="emphasis"):
         vllm_pasta.SamplingParams(extra={"emphasis": "a"}, extra_args={"emphasis": "b"})
-
-
-def test_beam_search_with_server_markup(monkeypatch):
-    """Beam search would lose the server's markup: refused where there is any."""
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-    from vllm_pasta.integration import upstream
-    from vllm_pasta.markup import Markup
-
-    upstream._apply(list(upstream.PATCHES))
-    monkeypatch.setattr(upstream, "_server_markups", [Markup("tag")])
-    request = CompletionRequest(prompt="a <emphasis>b</emphasis>", use_beam_search=True)
-    with pytest.raises(ValueError, match="beam search"):
-        request.to_beam_search_params(4, {})
-    plain = CompletionRequest(prompt="a b", use_beam_search=True)
-    assert plain.to_beam_search_params(4, {}).max_tokens == 4

@@ -84,6 +84,7 @@ def test_public_names():
     for name in vllm_pasta.__all__:
         assert getattr(vllm_pasta, name) is not None
     assert set(vllm_pasta.__all__) == {
+        "BeamSearchParams",
         "ConfigError",
         "Emphasis",
         "EmphasisError",

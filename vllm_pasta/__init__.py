@@ -1,7 +1,8 @@
 """Emphasis for vLLM: mark a part of the prompt, and chosen attention heads attend to it.
 
 The method is PASTA (Zhang et al., ICLR 2024, arXiv 2311.02262). Importing this package needs
-neither vllm nor triton; ``SamplingParams`` imports vllm when it is first asked for.
+neither vllm nor triton; ``SamplingParams`` and ``BeamSearchParams`` import vllm when they are
+first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ from vllm_pasta.errors import (
 from vllm_pasta.heads import HeadSet
 
 if TYPE_CHECKING:
-    from vllm_pasta.integration.sampling_params import SamplingParams
+    from vllm_pasta.integration.sampling_params import BeamSearchParams, SamplingParams
 
 __all__ = [
+    "BeamSearchParams",
     "ConfigError",
     "Emphasis",
     "EmphasisError",
@@ -37,8 +39,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SamplingParams":
-        from vllm_pasta.integration.sampling_params import SamplingParams
+    if name in ("BeamSearchParams", "SamplingParams"):
+        from vllm_pasta.integration import sampling_params
 
-        return SamplingParams
+        return getattr(sampling_params, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

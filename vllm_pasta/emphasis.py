@@ -26,7 +26,8 @@ FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads", "emphasis_mar
 KEY = "emphasis"
 
 WIRE_KEY = "_vllm_pasta"
-"""Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form."""
+"""Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form; and in the
+prompt of a beam search."""
 
 MARKUPS = ("tag", "markdown", "off")
 

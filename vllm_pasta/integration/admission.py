@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 
 from vllm_pasta.emphasis import KEY, WIRE_KEY, Emphasis, ResolvedEmphasis, has_emphasis, is_ours
 from vllm_pasta.errors import EmphasisError, HeadSetError
@@ -30,6 +30,14 @@ class Admitted(dict[str, Any]):
 
 def _extra_args(params: Any) -> Mapping[str, Any]:
     return getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+
+
+def _with_wire(params: Any, wire: Admitted) -> Any:
+    """A copy of ``params`` that carries ``wire``, and nothing else that is ours."""
+    admitted = copy.copy(params)
+    admitted.extra_args = {k: v for k, v in _extra_args(params).items() if not is_ours(k)}
+    admitted.extra_args[WIRE_KEY] = wire
+    return admitted
 
 
 class AdmissionError(VLLMValidationError, EmphasisError):
@@ -108,21 +116,42 @@ class Admission:
         extra_args = _extra_args(params)
         if isinstance(extra_args.get(WIRE_KEY), Admitted):
             return params
+        if isinstance(beam := prompt.get(WIRE_KEY), Admitted):
+            return _with_wire(params, beam)
         resolution = self.check(params, prompt, resumable=resumable)
         if resolution is None:
             return params
-        admitted = copy.copy(params)
-        admitted.extra_args = {k: v for k, v in extra_args.items() if not is_ours(k)}
         emphasis, located = resolution.emphasis, resolution.located
         # An empty form says that there is nothing to steer, and that we have been here.
-        admitted.extra_args[WIRE_KEY] = Admitted({} if emphasis.is_plain else emphasis.to_wire())
+        wire = Admitted({} if emphasis.is_plain else emphasis.to_wire())
         if located.token_ids != prompt["prompt_token_ids"]:
             assert located.tokenized is not None
             prompt["prompt"] = located.tokenized.text
             prompt["prompt_token_ids"] = located.token_ids
             prompt.pop("prompt_token_offsets", None)
         observe.resolved(resolution, self.locator.decode)
-        return admitted
+        return _with_wire(params, wire)
+
+    def admit_beams(self, params: Any, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Resolves a beam search's emphasis, once, against its prompt.
+
+        vLLM runs every step of every beam as a request of its own, whose prompt is the original
+        prompt and what the beam has generated. Marks must not be searched in that, and its
+        generated tokens are not to be scaled; so each of those prompts carries the resolved form.
+
+        Args:
+            params: vLLM's ``BeamSearchParams``, with an attribute ``extra_args`` if any.
+            prompt: As for `admit`.
+
+        Returns:
+            ``prompt`` itself where there is nothing to resolve, else a copy that carries the
+            resolved emphasis under ``WIRE_KEY``.
+
+        Raises:
+            AdmissionError: as `admit`.
+        """
+        wire = _extra_args(self.admit(params, prompt)).get(WIRE_KEY)
+        return prompt if wire is None else {**prompt, WIRE_KEY: wire}
 
     def check(
         self, params: Any, prompt: Mapping[str, Any], *, resumable: bool = False
@@ -163,7 +192,7 @@ class Admission:
         if not asked and not (isinstance(text, str) and self.config.markup.may_be_in(text)):
             return None
         emphasis = Emphasis.parse(extra_args) or Emphasis()
-        if not isinstance(params, SamplingParams):
+        if not isinstance(params, SamplingParams | BeamSearchParams):
             if not asked:
                 return None
             raise EmphasisError("expected a generation request, got a pooling request", field=KEY)

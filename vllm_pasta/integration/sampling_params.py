@@ -1,8 +1,19 @@
-"""vLLM's ``SamplingParams`` with one field more."""
+"""vLLM's ``SamplingParams`` and ``BeamSearchParams`` with one field more."""
 
 from typing import Any
 
 from vllm import SamplingParams as VllmSamplingParams
+from vllm.sampling_params import BeamSearchParams as VllmBeamSearchParams
+
+
+def _merged(
+    extra_args: dict[str, Any] | None, extra: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    if extra is None:
+        return extra_args
+    if both := (extra_args or {}).keys() & extra.keys():
+        raise ValueError(f"extra and extra_args both give {', '.join(sorted(both))}")
+    return {**(extra_args or {}), **extra}
 
 
 class SamplingParams(VllmSamplingParams):
@@ -17,10 +28,23 @@ class SamplingParams(VllmSamplingParams):
     extra: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.extra is not None:
-            extra_args: dict[str, Any] = self.extra_args or {}  # type: ignore[has-type]
-            if both := extra_args.keys() & self.extra.keys():
-                raise ValueError(f"extra and extra_args both give {', '.join(sorted(both))}")
-            self.extra_args = {**extra_args, **self.extra}
-            self.extra = None  # a field at its default is left out between vLLM's processes
+        self.extra_args = _merged(self.extra_args, self.extra)  # type: ignore[has-type]
+        self.extra = None  # a field at its default is left out between vLLM's processes
+        super().__post_init__()
+
+
+class BeamSearchParams(VllmBeamSearchParams):
+    """vLLM's own for ``LLM.beam_search``, which also accepts ``extra`` (or ``extra_args``, the
+    same): ``BeamSearchParams(beam_width=4, max_tokens=64, extra={"emphasis": …})``.
+
+    Raises:
+        ValueError: a key stands in both.
+    """
+
+    extra_args: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.extra_args = _merged(self.extra_args, self.extra)
+        self.extra = None
         super().__post_init__()

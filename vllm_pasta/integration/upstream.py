@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_pasta.emphasis import KEY, has_emphasis
-from vllm_pasta.errors import EmphasisError
+from vllm_pasta.integration import beam_search
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,6 @@ class Patch:
     frontend: bool = False
 
 
-_server_markups: list[Any] = []
-"""The default `Markup` of each engine of this process."""
-
-
 def _input_processor_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -46,8 +41,6 @@ def _input_processor_init(original: Callable[..., Any]) -> Callable[..., Any]:
         _apply([patch for patch in PATCHES if patch.frontend])
         # First, so that an engine which cannot honour emphasis refuses to start at once.
         self.pasta_admission = Admission(vllm_config, lambda: self.tokenizer)
-        if self.pasta_admission.config is not None:
-            _server_markups.append(self.pasta_admission.config.markup)
         original(self, vllm_config, *args, **kwargs)
 
     return __init__
@@ -186,22 +179,6 @@ def _get_connector_class(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_connector_class
 
 
-def _to_beam_search_params(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_pasta.integration.admission import AdmissionError
-
-        # Beam search makes its own params and prompts, so markup would be lost or misread too.
-        text = str(getattr(self, "prompt", None) or getattr(self, "messages", ""))
-        if has_emphasis(self.vllm_xargs) or any(m.may_be_in(text) for m in _server_markups):
-            raise AdmissionError(
-                EmphasisError("beam search cannot be emphasised; leave out one", field=KEY)
-            )
-        return original(self, *args, **kwargs)
-
-    return to_beam_search_params
-
-
 def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,6 +205,8 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _PROTOCOLS = "vllm.entrypoints.openai"
+_SPEECH = "vllm.entrypoints.speech_to_text"
+_BEAM_SEARCH = "vllm.entrypoints.generate.beam_search"
 
 PATCHES = (
     Patch(
@@ -271,16 +250,42 @@ PATCHES = (
         "82be6a64cb9c",
         frontend=True,
     ),
+    *(
+        Patch(
+            f"{protocol}:{request}.to_beam_search_params",
+            beam_search.to_params,
+            sha256,
+            frontend=True,
+        )
+        for protocol, request, sha256 in (
+            (f"{_PROTOCOLS}.completion.protocol", "CompletionRequest", "a1d956e4e6f9"),
+            (f"{_PROTOCOLS}.chat_completion.protocol", "ChatCompletionRequest", "811f6b3777f9"),
+            (f"{_SPEECH}.transcription.protocol", "TranscriptionRequest", "cb30285d6c09"),
+            (f"{_SPEECH}.translation.protocol", "TranslationRequest", "cb30285d6c09"),
+        )
+    ),
     Patch(
-        f"{_PROTOCOLS}.completion.protocol:CompletionRequest.to_beam_search_params",
-        _to_beam_search_params,
-        "a1d956e4e6f9",
+        f"{_BEAM_SEARCH}.online:BeamSearchOnlineMixin.beam_search",
+        beam_search.online,
+        "e2e6d1893a8f",
         frontend=True,
     ),
     Patch(
-        f"{_PROTOCOLS}.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
-        _to_beam_search_params,
-        "811f6b3777f9",
+        f"{_BEAM_SEARCH}.offline:BeamSearchOfflineMixin.beam_search",
+        beam_search.offline,
+        "b4b93229fd76",
+        frontend=True,
+    ),
+    Patch(
+        f"{_BEAM_SEARCH}.utils:BeamSearchInstance.__init__",
+        beam_search.instance,
+        "a5587f260df0",
+        frontend=True,
+    ),
+    Patch(
+        f"{_BEAM_SEARCH}.utils:BeamSearchSequence.get_prompt",
+        beam_search.beam_prompt,
+        "fe68246d5121",
         frontend=True,
     ),
 )
