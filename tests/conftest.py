@@ -15,7 +15,7 @@ os.environ.update(
 
 import pytest
 import torch
-from models import tiny_llama
+from models import byte_tokenizer, tiny_llama
 from oracle import Oracle
 
 from vllm_pasta.smollm2 import model_path
@@ -60,8 +60,8 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A random Llama: 4 layers, 4 query heads on 2 KV heads, head size 32, 256 tokens."""
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+    """A random Llama: 4 layers, 4 query heads on 2 KV heads, head size 32, a token per byte."""
+    return byte_tokenizer(tiny_llama(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,19 @@
 """Tiny random models and prompts."""
 
+import json
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def tiny_llama(folder, *, heads=4, kv_heads=2, head_size=32, layers=4, dtype=torch.float32):
@@ -75,7 +87,58 @@ def tiny_model(folder, model_type):
     return folder
 
 
+def byte_tokenizer(folder):
+    """Saves a tokenizer of 256 tokens: three special ones, then a byte each, of token id byte + 3.
+
+    Bytes 253 to 255, which no UTF-8 text holds, have none.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable}  # as in GPT-2, which ByteLevel expects
+    symbols |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {symbols[b]: b + 3 for b in range(253)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
 def random_ids(n, seed=0, vocab=256):
     """``n`` token ids; none of the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(10, vocab, (n,), generator=generator).tolist()
+
+
+def lora_adapter(model, folder, *, seed, rank=4, scale=0.3):
+    """A random LoRA adapter in PEFT's format, and the model with it merged in.
+
+    Returns:
+        The folders of the adapter and of the merged model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    merged = LlamaForCausalLM.from_pretrained(model)
+    weights = {}
+    for name, module in merged.named_modules():
+        if name.rpartition(".")[2] in LORA_TARGETS:
+            rows, columns = module.weight.shape
+            a = torch.randn(rank, columns, generator=generator) / columns**0.5
+            b = torch.randn(rows, rank, generator=generator) * scale
+            weights[f"base_model.model.{name}.lora_A.weight"] = a
+            weights[f"base_model.model.{name}.lora_B.weight"] = b
+            module.weight.data += 2 * b @ a  # lora_alpha / rank
+    merged.save_pretrained(folder / "merged")
+    (folder / "adapter").mkdir()
+    save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": LORA_TARGETS,
+        "bias": "none",
+    }
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "adapter", folder / "merged"

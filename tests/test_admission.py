@@ -160,7 +160,6 @@ def test_not_switched_on(engine, tiny):
     [
         ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
          "method ngram_gpu, not ngram or draft_model"),
-        ({"enable_lora": True}, "LoRA"),
         ({"kv_cache_dtype": "fp8"}, "fp8"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"runner": "pooling"}, "runner is pooling"),
@@ -171,6 +170,51 @@ def test_engine_that_cannot_steer_does_not_start(options, reason, tiny):
 
     with pytest.raises(UnsupportedError, match=reason):
         start(tiny, skip_tokenizer_init=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [("VLLM_BATCH_INVARIANT", "BATCH_INVARIANT"), ("VLLM_USE_RUST_FRONTEND", "Rust front end")],
+)
+def test_environment_that_cannot_steer(variable, reason, tiny, monkeypatch):
+    from conftest import start
+
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(UnsupportedError, match=reason):
+        start(tiny, skip_tokenizer_init=True)
+
+
+def test_multimodal_model(tmp_path):
+    """Refused at start, before weights are read: there are none."""
+    from conftest import start
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1),
+        text_config=LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1),
+        architectures=["LlavaForConditionalGeneration"],
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="the model is multimodal"):
+        start(tmp_path, skip_tokenizer_init=True)
+
+
+def test_requests_that_cannot_be_steered(small_batches):
+    """A prompt that arrives in parts, and pooling: refused; the first is admitted without."""
+    processor = small_batches.llm_engine.input_processor
+    prompt = {"type": "token", "prompt_token_ids": [5, 6, 7]}
+    emphasis = {"spans": [[0, 1]], "heads": {"0": [0]}}
+
+    def process(sampling_params, **options):
+        return processor.process_inputs(
+            "0", dict(prompt), sampling_params, supported_tasks=("generate", "embed"), **options
+        )
+
+    assert process(params(detokenize=False), resumable=True).resumable
+    with pytest.raises(EmphasisError, match="a prompt that arrives in parts"):
+        process(params(emphasis), resumable=True)
+    pooling = vllm.PoolingParams(task="embed", extra_kwargs={"emphasis": emphasis})
+    with pytest.raises(EmphasisError, match="got a pooling request"):
+        process(pooling)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ honour it does not start.
 
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
@@ -40,8 +41,11 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         f"speculative decoding is of method {method}, not {' or '.join(SPECULATIVE_METHODS)}": (
             speculative is not None and method not in SPECULATIVE_METHODS
         ),
-        "LoRA is on": vllm_config.lora_config is not None,
         "kv_sharing_fast_prefill is on": cache.kv_sharing_fast_prefill,
+        "the Rust front end is in use, which passes no admission": envs.VLLM_USE_RUST_FRONTEND,
+        "VLLM_BATCH_INVARIANT is set, which steered attention does not keep": (
+            envs.VLLM_BATCH_INVARIANT
+        ),
         f"the KV cache is {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
