@@ -3,8 +3,9 @@
 import pytest
 
 from vllm_pasta import EmphasisError
-from vllm_pasta.chat import Chat, mark_messages, take_out
+from vllm_pasta.chat import Chat, mark_messages, read_markup, take_out
 from vllm_pasta.marks import Mark
+from vllm_pasta.markup import Markup
 
 
 def joined(content):
@@ -42,7 +43,7 @@ def marked(*marks, messages=MESSAGES[:4]):
     chat = Chat(messages, template)
     prompt = template([dict(m) for m in messages])
     text, opening, closing = mark_messages(chat, marks, prompt)
-    text, enclosed, _ = take_out(text, opening, closing)
+    text, enclosed = take_out(text, opening, closing)
     assert text == prompt
     return [prompt[a:b] for a, b in enclosed]
 
@@ -79,7 +80,10 @@ def test_several_marks_overlap():
     [
         (Mark(message=9), r"4 messages \(0 to 3\), got 9"),
         (Mark(message=-5), "got -5"),
-        (Mark(role="critic"), "no message of role 'critic'; there are assistant, system, user"),
+        (
+            Mark(role="critic"),
+            "no message of role 'critic'; there are 'assistant', 'system', 'user'",
+        ),
         (Mark("bye", message=1), "'bye' is not in the prompt"),
         (Mark("bye", role="user"), "'bye' is not in the prompt"),
         (Mark(message=2, chars=(0, 3)), r"message 2 has 2 characters, got \[0, 3\]"),
@@ -113,9 +117,51 @@ def test_private_use_characters_in_the_prompt():
     assert marked(Mark("a", message=0), messages=messages) == ["a"]
 
 
-def test_take_out_moves_ranges():
-    assert take_out("a(b)c(d)e", "(", ")", [(0, 9), (5, 8)]) == (
-        "abcde",
-        [(1, 2), (3, 4)],
-        [(0, 5), (3, 4)],
-    )
+@pytest.mark.parametrize("image", ["", "<image>", "\n\n<|vision|><pad><pad>\n"])
+def test_image_parts(image):
+    """A template that renders image parts: they stay outside, and break nothing."""
+
+    def with_images(messages):
+        return "".join(
+            f"<{m['role']}>"
+            + "".join(part["text"] if part["type"] == "text" else image for part in m["content"])
+            for m in messages
+        )
+
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    parts = [picture, {"type": "text", "text": "What is this, "}, picture, picture,
+             {"type": "text", "text": " and this?"}, picture]  # fmt: skip
+    messages = [{"role": "user", "content": parts}]
+    prompt = with_images(messages)
+    for mark, expected in (
+        (Mark(message=0), ["What is this,", "and this?"]),
+        (Mark("this,  and", message=0), ["this,", "and"]),
+        (Mark(message=0, chars=(5, 7)), ["is"]),
+    ):
+        marked_text = mark_messages(Chat(messages, with_images), [mark], prompt)
+        text, enclosed = take_out(*marked_text)
+        assert text == prompt
+        assert [prompt[a:b] for a, b in enclosed] == expected
+
+
+def test_markup_by_message():
+    """Read in each text by itself: what the template adds is left alone, and so are marks that
+    only another message or part would close."""
+    messages = [
+        {"role": "system", "content": "<b>Be</b> brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a <b>b</b>"}, "<b>c</b>"]},
+        {"role": "tool", "content": None},
+    ]
+    clean, marked = read_markup(Chat(messages, template), Markup("tag", "b"))
+    assert [text for texts in clean.texts() for _, text in texts] == ["Be brief", "a b", "c"]
+    assert marked == {(0, None): [(0, 2)], (1, 0): [(2, 3)], (1, 1): [(0, 1)]}
+    assert messages[0]["content"] == "<b>Be</b> brief"  # ours is a copy
+    split = [{"role": "user", "content": [{"type": "text", "text": "**a"}, "b**"]}]
+    assert read_markup(Chat(split, template), Markup("markdown"))[1] == {}
+    split = [{"role": "user", "content": "<b>a"}, {"role": "user", "content": "b</b>"}]
+    with pytest.raises(EmphasisError, match=r"message 0: <b> at character 0.*has no </b>"):
+        read_markup(Chat(split, template), Markup("tag", "b"))
+
+
+def test_take_out():
+    assert take_out("a(b)c((d)e))", "(", ")") == ("abcde", [(1, 2), (3, 4), (3, 5)])

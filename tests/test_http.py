@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pasta import EmphasisError
+from vllm_pasta import Emphasis, EmphasisError
 from vllm_pasta.integration import observe
-from vllm_pasta.integration.http import HEADER_LIMIT_BYTES, EmphasisMiddleware, header, rewrite
+from vllm_pasta.integration.http import (
+    HEADER_LIMIT_BYTES,
+    EmphasisMiddleware,
+    header,
+    rewrite,
+    rewrite_batch_line,
+)
 
 
 def rewritten(**request):
@@ -31,6 +37,57 @@ def test_top_level_moves_into_xargs(emphasis, carried):
     request, wanted = rewritten(model="m", emphasis=emphasis, vllm_xargs={"x": 1})
     assert request == {"model": "m", "vllm_xargs": {"x": 1, "emphasis": carried}}
     assert not wanted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"emph\u0061sis": "a"}',
+        '{"emphasis": "a"}'.encode("utf-16"),
+        b'{"vllm_xargs": null, "emphasis": "a"}',
+        b'{"emphasis": "b", "emphasis": "a"}',
+    ],
+)
+def test_however_json_writes_it(body):
+    """What vLLM's parser would take for our field is taken for it here."""
+    assert json.loads(rewrite(body)[0]) == {"vllm_xargs": {"emphasis": "a"}}
+
+
+def test_flat_keys_at_the_top_level():
+    """They are not dropped: neither the known, nor a misspelt one, which admission refuses."""
+    request, _ = rewritten(emphasis="a", emphasis_alpha=0.5, emphasis_heads={"1": [2]}, emphasise=1)
+    assert request["vllm_xargs"] == {
+        "emphasis": "a",
+        "emphasis_alpha": 0.5,
+        "emphasis_heads": '{"1": [2]}',
+        "emphasise": 1,
+    }
+
+
+def test_batch_file():
+    """A line of `vllm run-batch`."""
+    line = {"custom_id": "1", "url": "/v1/chat/completions", "body": {"emphasis": {"text": "a"}}}
+    after = json.loads(rewrite_batch_line(json.dumps(line)))
+    assert after == {**line, "body": {"vllm_xargs": {"emphasis": '{"text": "a"}'}}}
+    plain = json.dumps({**line, "body": {"messages": "emphasis"}})
+    assert json.loads(rewrite_batch_line(plain)) == json.loads(plain)
+    assert rewrite_batch_line("{") == "{"
+
+
+@pytest.mark.parametrize("depth", [100, 300, 480, 900, 990, 5000])
+def test_deeply_nested(depth):
+    """Refused or left to vLLM, at whatever depth Python gives up."""
+    body = b'{"emphasis": %s1%s}' % (b"[" * depth, b"]" * depth)
+    try:
+        rewritten_body, _ = rewrite(body)
+    except EmphasisError:
+        return
+    if rewritten_body == body:
+        with pytest.raises(RecursionError):
+            json.loads(body)
+    else:
+        with pytest.raises(EmphasisError):
+            Emphasis.parse(json.loads(rewritten_body)["vllm_xargs"])
 
 
 @pytest.mark.parametrize("value", [True, 1])
@@ -56,7 +113,12 @@ def test_refused(request_):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{}", b'{"prompt": "a"}', b'{"prompt": "emphasis"', b'["emphasis"]', b"\xff"]
+    "body",
+    [
+        *(b"", b"{}", b'{"prompt": "a"}', b'{"prompt": "emphasis"', b'["emphasis"]', b"\xff"),
+        *(b'{"prompt":  "emphasis"}', b'{"x": {"emphasis": 1}}', b'{"prompt": "\\u00e9"}'),
+        *(b'{"emphasis": "a", "vllm_xargs": 3}', b'{"vllm_xargs": {"emphasis":  "a"}}'),
+    ],
 )
 def test_other_bodies_pass_byte_for_byte(body):
     assert rewrite(body) == (body, False)
@@ -96,7 +158,7 @@ def test_header_fits():
     assert "999 ranges" in json.loads(header(many))["error"]
 
 
-def call(body, path="/v1/completions", app=None):
+def call(body, path="/v1/completions", app=None, root_path=""):
     """One request through the middleware, its body in two pieces."""
     seen, sent = {}, []
 
@@ -122,7 +184,11 @@ def call(body, path="/v1/completions", app=None):
             "type": "http",
             "method": "POST",
             "path": path,
-            "headers": [(b"content-length", str(len(body)).encode()), (b"x", b"y")],
+            "root_path": root_path,
+            "headers": [
+                (b"content-length", str(len(body)).encode()),
+                (b"content-type", b"application/json"),
+            ],
         }
         await EmphasisMiddleware(app or default)(scope, receive, send)
 
@@ -133,7 +199,10 @@ def call(body, path="/v1/completions", app=None):
 def test_middleware():
     seen, sent = call(json.dumps({"emphasis": {"text": "a"}, "return_emphasis": True}).encode())
     assert json.loads(seen["body"]) == {"vllm_xargs": {"emphasis": '{"text": "a"}'}}
-    assert seen["headers"] == {b"content-length": str(len(seen["body"])).encode(), b"x": b"y"}
+    assert seen["headers"] == {
+        b"content-length": str(len(seen["body"])).encode(),
+        b"content-type": b"application/json",
+    }
     assert dict(sent[0]["headers"])[b"x-emphasis"] == b'[{"prompt": 0, "emphasised": []}]'
     assert observe.report.get() is None
 
@@ -150,6 +219,30 @@ def test_middleware_refuses():
     assert json.loads(sent[1]["body"])["error"]["param"] == "emphasis"
 
 
-def test_other_paths_are_not_read():
-    seen, _ = call(b'{"emphasis": true}', path="/tokenize")
+@pytest.mark.parametrize(
+    ("path", "root_path"),
+    [("/invocations", ""), ("/v1/messages", ""), ("/v1/chat/completions/render", ""),
+     ("/api/v1/completions", "/api"), ("/v1/completions", "/api")],
+)  # fmt: skip
+def test_every_way_in(path, root_path):
+    """Other endpoints whose models have vllm_xargs; a proxy's prefix, stripped or not."""
+    seen, _ = call(b'{"emphasis": "a"}', path=path, root_path=root_path)
+    assert json.loads(seen["body"]) == {"vllm_xargs": {"emphasis": "a"}}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions/batch", "/inference/v1/generate", "/generative_scoring"]
+)
+def test_endpoints_that_would_drop_it(path):
+    """Refused where vLLM's models have no room for it; other bodies pass as they are."""
+    for body in (b'{"emphasis": "a"}', b'{"vllm_xargs": {"emphasis_alpha": 1}}'):
+        seen, sent = call(body, path=path)
+        assert (seen, sent[0]["status"]) == ({}, 400)
+        assert path in json.loads(sent[1]["body"])["error"]["message"]
+    for body in (b'{"prompt":  "emphasis"}', b"{", b'{"emphasis": null}'):
+        assert call(body, path=path)[0]["body"] == body
+
+
+def test_our_routes_read_bodies_themselves():
+    seen, _ = call(b'{"emphasis": true}', path="/v1/emphasis/resolve")
     assert seen["body"] == b'{"e'

@@ -170,6 +170,38 @@ def test_truncated(tokenizer):
         locate(tokenizer, head, text, text="again")
 
 
+def test_truncated_where_it_repeats_itself(tokenizer):
+    """The tokens do not tell which end was cut: text is found, positions are refused."""
+    text = "again " * 9
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    left, right = whole[4:], whole[:-4]
+    if left != right:
+        pytest.skip("this tokenizer's tokens tell")
+    assert locate(tokenizer, left, text, text="again").spans
+    with pytest.raises(EmphasisError, match="cannot be told"):
+        locate(tokenizer, left, text, chars=[[24, 29]])
+
+
+def test_tokens_of_another_text(tokenizer):
+    """Where tokens are not those of the text, positions in the text mean nothing."""
+    ids = tokenizer(CORPUS[0], add_special_tokens=False)["input_ids"]
+    with pytest.raises(EmphasisError, match="cannot be told"):
+        locate(tokenizer, ids, "Words before. " + CORPUS[0] + " And after.", chars=[[20, 30]])
+
+
+def test_markdown_that_stays(tokenizer):
+    """The text is as it was, so truncation and token ranges go with it."""
+    text = "Name **three** colours, **please**."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ((start, end),) = locate(tokenizer, ids, text, chars=[[26, 32]]).spans
+    located = locate(tokenizer, ids, text, markup=Markup("markdown"), spans=[[0, 1]])
+    assert located.token_ids == ids
+    assert (start, end) in located.spans
+    assert located.spans[0][0] == 0
+    with pytest.raises(EmphasisError, match="cut off"):  # three
+        locate(tokenizer, ids[start - 1 :], text, markup=Markup("markdown"))
+
+
 def test_add_special_tokens(tokenizer):
     """With and without them in front: positions count the tokens that are there."""
     with_special = tokenizer(CORPUS[2])["input_ids"]

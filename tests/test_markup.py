@@ -1,5 +1,7 @@
 """Marks in the text itself: what is taken out, what stays, what is refused."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,12 @@ def test_tag_name():
         ("`**code**` **bold**", "`**code**` bold", ["bold"]),
         ("```\n**code**\n```\n**bold**", "```\n**code**\n```\nbold", ["bold"]),
         ("*one star* **two**", "*one star* two", ["two"]),
+        ("***all three***", "*all three*", ["all three"]),
+        ("**a** b** **c", "a b** **c", ["a"]),
+        ("**open **shut**", "**open shut", ["shut"]),
+        ("`**` **a `**` b**", "`**` a `**` b", ["a `**` b"]),
+        ("`` ` **c** `` **b**", "`` ` **c** `` b", ["b"]),
+        ("~~~\n**never closed**", "~~~\n**never closed**", []),
     ],
 )
 def test_markdown(text, clean, marks):
@@ -83,6 +91,26 @@ def test_markdown(text, clean, marks):
     kept = read_markdown(text, keep=True)
     assert kept.text == text  # untouched, byte for byte
     assert inside(kept) == marks
+
+
+def test_markdown_nested():
+    """Bold in bold counts once, and all marks go."""
+    for text in ("**a __b__ c**", "__a **b** c__"):
+        marked = read_markdown(text, keep=False)
+        assert (marked.text, inside(marked)) == ("a b c", ["a b c", "b"])
+    assert inside(read_markdown("**a __b** c__", keep=True)) == ["a __b"]
+
+
+@pytest.mark.parametrize(
+    "piece", ["**a ", "__a ", "__a a** ", "**a\n", "`a", "\n \n", "```\n~~~\n"]
+)
+def test_no_text_takes_long(piece):
+    """In the server's event loop a text of quadratic cost would hold up every request. With such a
+    cost this takes minutes, and the suite's time limit strikes."""
+    text = piece * (1_000_000 // len(piece))
+    read_markdown(text, keep=False)
+    with contextlib.suppress(EmphasisError):
+        read_tags(text.replace("*", "<emphasis>"))
 
 
 @given(st.text(alphabet="ab*_`\\<>/ \n", max_size=40) | st.text(max_size=20))

@@ -13,6 +13,7 @@ import openai
 import pytest
 from oracle import Steering
 from servers import SERVE, VLLM, environment, metric, running
+from ways import CHAT_WAYS, TAGGED, USER, WAYS, chat, expected
 
 PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives in"
 FACT = "Ann lives in Oslo"
@@ -48,11 +49,15 @@ def complete(client, xargs=None, prompt=PROMPT, **options):
 
 
 @pytest.fixture(scope="module")
-def steered(smollm2, smollm2_oracle):
-    """What the oracle answers to PROMPT with FACT emphasised, and to PROMPT."""
+def tokenizer(smollm2):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def steered(tokenizer, smollm2_oracle):
+    """What the oracle answers to PROMPT with FACT emphasised, and to PROMPT."""
     ids = tokenizer(PROMPT).input_ids
     start = len(tokenizer("Previously, Ann lived in Rome. Currently,").input_ids)
     end = len(tokenizer("Previously, Ann lived in Rome. Currently, Ann lives in Oslo").input_ids)
@@ -94,13 +99,13 @@ def test_chat_and_responses(client):
     """Emphasis changes the answer on both, and on both alike."""
     answers = []
     for body in (None, {"vllm_xargs": {"emphasis": "Answer in JSON."}}):
-        chat = client.chat.completions.create(
+        reply = client.chat.completions.create(
             model="m", messages=MESSAGES, max_tokens=12, temperature=0, extra_body=body
         )
         response = client.responses.create(
             model="m", input=MESSAGES, max_output_tokens=12, temperature=0, extra_body=body
         )
-        answers.append(chat.choices[0].message.content)
+        answers.append(reply.choices[0].message.content)
         assert response.output_text == answers[-1]
     assert answers[0] != answers[1]
 
@@ -214,43 +219,10 @@ def test_refused_requests_disturb_no_other(client, steered):
         assert all(pool.map(ask, range(48)))
 
 
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Name a colour. Be brief, and answer in JSON."},
-]
-TAGGED = "Name a colour. Be brief, and <emphasis>answer in JSON</emphasis>."
-BOLD = "Name a colour. Be brief, and **answer in JSON**."
-USER = CHAT[1]["content"]
-
-# Way to mark -> (the user's text, the emphasis, what is emphasised); in_chat: for chats alone.
-WAYS = {
-    "text": (USER, "answer in JSON", ["answer in JSON"]),
-    "last occurrence": (USER, {"text": {"text": "in", "occurrence": "last"}}, ["in"]),
-    "all occurrences": (USER, {"text": {"text": "colour", "occurrence": "all"}}, ["colour"]),
-    "several": (USER, ["Name a", "in JSON"], ["Name a", "in JSON"]),
-    "chars": (USER, {"chars": [[20, 30]]}, None),
-    "tag": (TAGGED, {"markup": "tag"}, ["answer in JSON"]),
-    "markdown, kept": (BOLD, {"markup": "markdown"}, ["answer in JSON"]),
-    "markdown, taken out": (BOLD, {"markup": "markdown", "keep_marks": False}, ["answer in JSON"]),
-    "spans": (USER, {"spans": [[1, 3]]}, None),
-}
-CHAT_WAYS = {
-    "message": (USER, [{"message": 0}], ["Be brief."]),
-    "message from the end": (USER, [{"message": -1, "text": "Be brief"}], ["Be brief"]),
-    "message chars": (USER, {"chars": [{"message": 1, "chars": [0, 4]}]}, ["Name"]),
-    "role": (USER, [{"role": "system"}], ["Be brief."]),
-    "role and tag": (
-        TAGGED,
-        {"markup": "tag", "text": [{"role": "system"}]},
-        ["Be brief.", "answer in JSON"],
-    ),
-}
-
-
 def ask(client, endpoint, text, stream=False, **body):
     """The answer's text, and what the response says was emphasised."""
     options = {"model": "m", "stream": stream, "extra_body": {"return_emphasis": True, **body}}
-    messages = [CHAT[0], {"role": "user", "content": text}]
+    messages = chat(text)
     if endpoint == "completions":
         raw = client.completions.with_raw_response.create(
             prompt=text, max_tokens=6, temperature=0, **options
@@ -274,28 +246,21 @@ def ask(client, endpoint, text, stream=False, **body):
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat", "responses"])
 @pytest.mark.parametrize("way", [*WAYS, *CHAT_WAYS])
-def test_ways(way, endpoint, client):
-    """Each way to mark, at the top level and in vllm_xargs, on each endpoint."""
+def test_ways(way, endpoint, client, tokenizer):
+    """Each way to mark, at the top level and in vllm_xargs, on each endpoint; offline is in
+    test_ways.py."""
+    text, emphasis, *_ = {**WAYS, **CHAT_WAYS}[way]
     if endpoint == "completions" and way in CHAT_WAYS:
-        text, emphasis, _ = CHAT_WAYS[way]
         with pytest.raises(openai.BadRequestError, match="for chats"):
             ask(client, endpoint, text, emphasis=emphasis)
         return
-    text, emphasis, expected = {**WAYS, **CHAT_WAYS}[way]
     answer, report = ask(client, endpoint, text, emphasis=emphasis)
-    (entry,) = report
-    found = [span["text"].strip() for span in entry["emphasised"]]
-    assert found
-    if expected is not None:
-        assert found == expected
+    prompt, spans = expected(way, tokenizer, in_chat=endpoint != "completions")
+    assert [span["tokens"] for span in report[0]["emphasised"]] == spans
     xargs = {"emphasis": json.dumps(emphasis if isinstance(emphasis, dict) else {"text": emphasis})}
     assert ask(client, endpoint, text, vllm_xargs=xargs) == (answer, report)
     # The same token ranges, given as such, on the text as the model sees it.
-    clean = text.replace("<emphasis>", "").replace("</emphasis>", "")
-    if isinstance(emphasis, dict) and emphasis.get("keep_marks") is False:
-        clean = clean.replace("**", "")
-    spans = {"spans": [span["tokens"] for span in entry["emphasised"]]}
-    assert ask(client, endpoint, clean, emphasis=spans) == (answer, report)
+    assert ask(client, "completions", prompt, emphasis={"spans": spans}) == (answer, report)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat", "responses"])
@@ -348,23 +313,31 @@ def test_routes(server, heads_file):
     (resolved,) = httpx.post(url, json=body).json()["prompts"]
     assert resolved["emphasised"][0]["text"].strip() == FACT
     assert (resolved["alpha"], resolved["heads"]) == (0.01, HEADS)
-    chat = {"model": "m", "messages": CHAT, "emphasis": [{"role": "system"}]}
-    (resolved,) = httpx.post(url, json=chat).json()["prompts"]
+    talk = {"model": "m", "messages": chat(USER), "emphasis": [{"role": "system"}]}
+    (resolved,) = httpx.post(url, json=talk).json()["prompts"]
     assert resolved["emphasised"][0]["text"].strip() == "Be brief."
     for bad in ({**body, "emphasis": "Bergen"}, {**body, "emphasis": {"spans": [[1, 0]]}}, {}):
         assert httpx.post(url, json=bad).status_code == 400
 
 
 def test_metrics(server, client):
-    names = ("pasta_requests_steered_total", "pasta_emphasised_tokens_total")
-    refused = 'pasta_requests_refused_total{reason="emphasis.text"}'
-    before = [metric(server, name) for name in (*names, refused)]
-    complete(client, {"emphasis": '{"spans": [[2, 7]]}'})
-    complete(client)
-    with pytest.raises(openai.BadRequestError):
-        complete(client, {"emphasis": "Bergen"})
-    after = [metric(server, name) for name in (*names, refused)]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 5, 1]
+    """Requests, tokens and rows are counted as they are; a client's own words are no label."""
+    names = (
+        "pasta_requests_steered_total",
+        "pasta_emphasised_tokens_total",
+        'pasta_requests_refused_total{reason="emphasis.text"}',
+        'pasta_step_rows_total{kind="steered"}',
+        'pasta_step_rows_total{kind="plain"}',
+    )
+    before = [metric(server, name) for name in names]
+    replies = [complete(client, {"emphasis": '{"spans": [[2, 7]]}'}, n=2), complete(client)]
+    for xargs in ({"emphasis": "Bergen"}, {"emphasis_\ud800\n": "x"}):
+        with pytest.raises(openai.BadRequestError):
+            complete(client, xargs)
+    after = [metric(server, name) for name in names]
+    rows = [reply.usage.completion_tokens for reply in replies]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 5, 1, *rows]
+    assert "emphasis_" not in httpx.get(f"{server}/metrics").text
 
 
 def random_spec(rng, depth=0):

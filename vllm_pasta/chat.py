@@ -3,18 +3,25 @@
 The marked parts of the messages are wrapped in two characters that occur nowhere else, the template
 is run again, and the two characters are looked up in what comes out and taken out again. What is
 left must be the prompt, letter for letter; so this is right for any template, or refused.
+
+Markup is read in each text of the messages by itself, never in what the template adds.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from vllm_pasta.emphasis import union
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.marks import Mark
+from vllm_pasta.markup import Marked, Markup, Range
 from vllm_pasta.spans import find
 
-Range = tuple[int, int]
+Place = tuple[int, int | None]
+"""A text of a conversation: index of the message; of the part, or None for a plain string."""
+
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
 SENTINELS = [chr(code) for code in range(0xE000, 0xF8FF)]  # private use: no meaning of their own
 
@@ -37,13 +44,39 @@ class Chat:
         return [_text_parts(message) for message in self.messages]
 
 
-def mark_messages(chat: Chat, marks: Sequence[Mark], prompt: str) -> tuple[str, str, str]:
+def read_markup(chat: Chat, markup: Markup) -> tuple[Chat, dict[Place, list[Range]]]:
+    """Reads markup in every text of a conversation.
+
+    Returns:
+        The conversation as the model shall see it, and the marked ranges of its texts.
+
+    Raises:
+        EmphasisError: malformed markup; says in which message.
+    """
+    read: dict[Place, Marked] = {}
+    for index, texts in enumerate(chat.texts()):
+        for part, text in texts:
+            try:
+                read[index, part] = markup.read(text)
+            except EmphasisError as e:
+                raise EmphasisError(f"message {index}: {e.message}", field=e.field) from None
+    clean = Chat(_replaced(chat.messages, {at: m.text for at, m in read.items()}), chat.render)
+    return clean, {at: list(m.ranges) for at, m in read.items() if m.ranges}
+
+
+def mark_messages(
+    chat: Chat,
+    marks: Sequence[Mark],
+    prompt: str,
+    marked: Mapping[Place, list[Range]] = MappingProxyType({}),
+) -> tuple[str, str, str]:
     """Renders the conversation with the marks wrapped in sentinel characters.
 
     Args:
         chat: The conversation.
         marks: Marks with ``message`` or ``role``.
         prompt: The prompt as it was rendered.
+        marked: More ranges, of the messages' texts.
 
     Returns:
         The text with sentinels, and the two characters, opening and closing.
@@ -51,26 +84,16 @@ def mark_messages(chat: Chat, marks: Sequence[Mark], prompt: str) -> tuple[str, 
     Raises:
         EmphasisError: no such message; a text is not in it; the template gives no text.
     """
-    wanted: dict[tuple[int, int | None], list[Range]] = {}
+    wanted: dict[Place, list[Range]] = {at: list(ranges) for at, ranges in marked.items()}
     for mark in marks:
-        for key, span in _places(chat, mark):
-            wanted.setdefault(key, []).append(span)
+        for at, span in _places(chat, mark):
+            wanted.setdefault(at, []).append(span)
     opening, closing = _unused(prompt)
-    messages = [dict(message) for message in chat.messages]
-    for (index, part), ranges in wanted.items():
-        content = messages[index]["content"]
-        if part is None:
-            messages[index]["content"] = _wrap(content, ranges, opening, closing)
-        else:
-            parts = messages[index]["content"] = [
-                dict(item) if isinstance(item, Mapping) else item for item in content
-            ]
-            if isinstance(parts[part], str):
-                parts[part] = _wrap(parts[part], ranges, opening, closing)
-            else:
-                name = _text_key(parts[part])
-                parts[part][name] = _wrap(parts[part][name], ranges, opening, closing)
-    rendered = chat.render(messages)
+    texts = {
+        (index, part): text for index, parts in enumerate(chat.texts()) for part, text in parts
+    }
+    wrapped = {at: _wrap(texts[at], ranges, opening, closing) for at, ranges in wanted.items()}
+    rendered = chat.render(_replaced(chat.messages, wrapped))
     if rendered is None:
         raise EmphasisError(
             "this model's chat template gives no text, so messages cannot be found in it; "
@@ -80,30 +103,44 @@ def mark_messages(chat: Chat, marks: Sequence[Mark], prompt: str) -> tuple[str, 
     return rendered, opening, closing
 
 
-def take_out(
-    text: str, opening: str, closing: str, ranges: Sequence[Range] = ()
-) -> tuple[str, list[Range], list[Range]]:
-    """Takes sentinels out of ``text``.
-
-    Returns:
-        The text without them; what they enclosed; and ``ranges`` moved along.
-    """
-    parts, enclosed, opened = [], [], []
-    shift = [0] * (len(text) + 1)  # how many sentinels stand before each position
-    for i, char in enumerate(text):
-        sentinel = char in (opening, closing)
-        shift[i + 1] = shift[i] + sentinel
-        if char == opening:
-            opened.append(i - shift[i])
-        elif char == closing and opened:
-            enclosed.append((opened.pop(), i - shift[i]))
-        elif not sentinel:
-            parts.append(char)
-    return "".join(parts), enclosed, [(a - shift[a], b - shift[b]) for a, b in ranges]
+def _replaced(
+    messages: Sequence[Mapping[str, Any]], texts: Mapping[Place, str]
+) -> list[dict[str, Any]]:
+    """Copies of ``messages`` with other texts."""
+    copies = [dict(message) for message in messages]
+    for (index, part), text in texts.items():
+        if part is None:
+            copies[index]["content"] = text
+            continue
+        if copies[index]["content"] is messages[index]["content"]:
+            copies[index]["content"] = list(messages[index]["content"])
+        item = copies[index]["content"][part]
+        copies[index]["content"][part] = (
+            text if isinstance(item, str) else {**item, str(_text_key(item)): text}
+        )
+    return copies
 
 
-def _places(chat: Chat, mark: Mark) -> list[tuple[tuple[int, int | None], Range]]:
-    """Where a mark points: ``((message, part), range of the part's text)``."""
+def take_out(text: str, opening: str, closing: str) -> tuple[str, list[Range]]:
+    """Takes sentinels out of ``text``; gives what is left, and what they enclosed."""
+    parts: list[str] = []
+    enclosed: list[Range] = []
+    opened: list[int] = []
+    length = 0
+    for piece in re.split(f"([{opening}{closing}])", text):
+        if piece == opening:
+            opened.append(length)
+        elif piece == closing:
+            if opened:
+                enclosed.append((opened.pop(), length))
+        else:
+            parts.append(piece)
+            length += len(piece)
+    return "".join(parts), enclosed
+
+
+def _places(chat: Chat, mark: Mark) -> list[tuple[Place, Range]]:
+    """Where a mark points: a text, and a range of it."""
     texts = chat.texts()
     if mark.message is not None:
         if not -len(texts) <= mark.message < len(texts):
@@ -118,32 +155,26 @@ def _places(chat: Chat, mark: Mark) -> list[tuple[tuple[int, int | None], Range]
         if not indices:
             raise EmphasisError(
                 f"no message of role {show(mark.role)}; there are "
-                f"{', '.join(sorted({str(role) for role in roles}))}",
+                f"{', '.join(sorted({show(role) for role in roles}))}",
                 field=f"{mark.field}.role",
             )
-    places, failure = [], None
+    if mark.text is not None and mark.message is None:
+        # Of a role's messages, those that have the text are enough; if none has, the last says so.
+        having = [i for i in indices if mark.text in "".join(text for _, text in texts[i])]
+        indices = having or indices[-1:]
+    places: list[tuple[Place, Range]] = []
     for i in indices:
-        whole = "".join(text for _, text in texts[i])
-        try:
-            ranges = _ranges(mark, whole, i)
-        except EmphasisError as e:
-            if mark.text is None or mark.message is not None:
-                raise
-            failure = e  # of a role's messages, one that has the text is enough
-            continue
+        ranges = _ranges(mark, "".join(text for _, text in texts[i]), i)
         begin = 0
         for part, text in texts[i]:
             for start, end in ranges:
                 a = min(max(start - begin, 0), len(text))
                 b = min(max(end - begin, a), len(text))
-                # Templates strip messages: leave white space at the edges outside.
-                a += len(text[a:b]) - len(text[a:b].lstrip())
-                b = a + len(text[a:b].rstrip())
-                if a < b:
+                if text[a:b].strip():
                     places.append(((i, part), (a, b)))
             begin += len(text)
     if not places:
-        raise failure or EmphasisError("nothing but white space to emphasise", field=mark.field)
+        raise EmphasisError("nothing but white space to emphasise", field=mark.field)
     return places
 
 
@@ -184,6 +215,9 @@ def _text_key(part: Mapping[str, Any]) -> str | None:
 
 def _wrap(text: str, ranges: Sequence[Range], opening: str, closing: str) -> str:
     for a, b in reversed(union(ranges)):
+        # Templates strip messages: leave white space at the edges outside.
+        a += len(text[a:b]) - len(text[a:b].lstrip())
+        b = a + len(text[a:b].rstrip())
         text = f"{text[:a]}{opening}{text[a:b]}{closing}{text[b:]}"
     return text
 

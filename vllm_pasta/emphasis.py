@@ -87,7 +87,8 @@ class Emphasis:
         for key in extra_args:
             if isinstance(key, str) and key.startswith(KEY) and key not in (KEY, *FLAT_KEYS):
                 raise EmphasisError(
-                    f"unknown field; known are {', '.join((KEY, *FLAT_KEYS))}", field=key
+                    f"unknown field {show(key)}; known are {', '.join((KEY, *FLAT_KEYS))}",
+                    field=KEY,
                 )
         fields = _fields(extra_args.get(KEY))
         for key, name in FLAT_KEYS.items():

@@ -25,6 +25,7 @@ class EmphasisError(PastaError, ValueError):
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message)
+        self.message = message
         self.field = field
 
 
@@ -46,5 +47,8 @@ class KernelError(PastaError, RuntimeError):
 
 def show(value: Any) -> str:
     """What came, for a message: its repr, shortened."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}…"

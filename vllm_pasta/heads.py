@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vllm_pasta.errors import HeadSetError
+from vllm_pasta.errors import HeadSetError, show
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class HeadSet:
         for key, heads in value.items():
             layer = _index(key, "layer")
             if not isinstance(heads, Sequence) or isinstance(heads, str | bytes):
-                raise HeadSetError(f"layer {layer}: expected a list of heads, got {heads!r:.60}")
+                raise HeadSetError(f"layer {layer}: expected a list of heads, got {show(heads)}")
             indices = sorted(_index(head, f"head of layer {layer}") for head in heads)
             if layer in layers or len(set(indices)) != len(indices):
-                raise HeadSetError(f"layer {layer}: given twice, or a head of it is: {heads!r:.60}")
+                raise HeadSetError(f"layer {layer}: given twice, or a head of it is: {show(heads)}")
             if indices:
                 layers[layer] = tuple(indices)
         if not layers:
@@ -129,5 +129,5 @@ def _index(value: Any, what: str) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 10**9:
-        raise HeadSetError(f"expected a {what} as a number from 0 on, got {value!r:.60}")
+        raise HeadSetError(f"expected a {what} as a number from 0 on, got {show(value)}")
     return value

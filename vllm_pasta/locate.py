@@ -2,11 +2,11 @@
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_pasta.chat import Chat, mark_messages, take_out
+from vllm_pasta.chat import Chat, Place, mark_messages, read_markup, take_out
 from vllm_pasta.emphasis import Emphasis, Span, check_count, union
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.marks import Mark
@@ -92,72 +92,91 @@ class Locator:
         text: str | None,
         chat: Chat | None,
     ) -> Located:
-        if markup.kind == "off" or text is None or not markup.may_be_in(text):
-            if markup.kind != "off" and text is None:
-                raise EmphasisError(
-                    "markup is read in text, but the prompt came as token ids; "
-                    "give `text` or `spans`",
-                    field="emphasis.markup",
-                )
+        if markup.kind != "off" and text is None:
+            raise EmphasisError(
+                "markup is read in text, but the prompt came as token ids; give `text` or `spans`",
+                field="emphasis.markup",
+            )
+        clean = text
+        places: list[tuple[int, int, str]] = []  # in the clean text; the field that says so
+        marked: dict[Place, list[tuple[int, int]]] = {}
+        if text is not None and markup.may_be_in(text):
+            if chat is None:
+                read = markup.read(text)
+                clean = read.text
+                places = [(a, b, "emphasis.markup") for a, b in read.ranges]
+            else:
+                before = chat.texts()
+                chat, marked = read_markup(chat, markup)
+                if chat.texts() != before:
+                    clean = chat.render([dict(message) for message in chat.messages])
+        if clean is None or clean == text:
             tokenized = self._tokenize(ids, text)
-            ranges: list[tuple[int, int]] = []
+        elif emphasis.spans:
+            raise EmphasisError(
+                "token positions mean nothing while markup is taken out of the prompt; give `text`",
+                field="emphasis.spans",
+            )
         else:
-            if emphasis.spans:
-                raise EmphasisError(
-                    "token positions mean nothing while markup is taken out of the prompt; "
-                    "give `text`",
-                    field="emphasis.spans",
-                )
-            for message in chat.texts() if chat else ():
-                for _, part in message:
-                    markup.read(part)  # each part of a message must balance by itself
-            marked = markup.read(text)
-            tokenized, ids = self._retokenize(ids, text, marked.text)
-            ranges = list(marked.ranges)
-        spans = list(emphasis.spans)
-        spans += [tokenized.tokens(a, b, "emphasis.markup") for a, b in ranges]
+            assert text is not None
+            tokenized, ids = self._retokenize(ids, text, clean)
         in_chat = [mark for mark in emphasis.marks if mark.in_chat]
-        if in_chat:
-            ranges = self._in_chat(in_chat, markup, tokenized.text, text, chat)
-            spans += [tokenized.tokens(a, b, in_chat[0].field) for a, b in ranges]
+        if in_chat or marked:
+            field = in_chat[0].field if in_chat else "emphasis.markup"
+            ranges = self._in_chat(in_chat, marked, tokenized.text, chat if clean else None, field)
+            places += [(a, b, field) for a, b in ranges]
         for mark in emphasis.marks:
             if mark.in_chat:
                 continue
-            places = (
-                [mark.chars]
-                if mark.chars is not None
-                else find(
+            if mark.chars is None:
+                found = find(
                     tokenized.text, mark.text or "", mark.occurrence, tokenized.window, mark.field
                 )
-            )
-            spans += [tokenized.tokens(a, b, mark.field) for a, b in places]
-        check_count(len(spans))
-        self._check_not_special(ids, spans[len(emphasis.spans) :])
-        return Located(union(spans), ids, tokenized)
+            else:
+                self._check_counts(tokenized, text, clean, ids, mark.field)
+                found = [mark.chars]
+            places += [(a, b, mark.field) for a, b in found]
+        check_count(len(emphasis.spans) + len(places))
+        spans = [tokenized.tokens(*place) for place in places]
+        self._check_not_special(ids, spans)
+        return Located(union((*emphasis.spans, *spans)), ids, tokenized)
 
     def _in_chat(
         self,
         marks: Sequence[Mark],
-        markup: Markup,
+        marked: Mapping[Place, list[tuple[int, int]]],
         prompt: str,
-        rendered: str | None,
         chat: Chat | None,
+        field: str,
     ) -> list[tuple[int, int]]:
-        """Character ranges of chat marks in ``prompt``."""
-        if chat is None or rendered is None:
+        """Character ranges of chat marks, and of markup in messages, in ``prompt``."""
+        if chat is None:
             raise EmphasisError(
                 "`message` and `role` are for chats; this prompt was not made from messages here",
-                field=marks[0].field,
+                field=field,
             )
-        text, opening, closing = mark_messages(chat, marks, rendered)
-        text, enclosed, _ = take_out(markup.read(text).text, opening, closing)
+        text, enclosed = take_out(*mark_messages(chat, marks, prompt, marked))
         if text != prompt or not enclosed:
             raise EmphasisError(
                 "the chat template does not put this message into the prompt as it is, so it "
                 "cannot be found there; use `text`",
-                field=marks[0].field,
+                field=field,
             )
         return enclosed
+
+    def _check_counts(
+        self, tokenized: Tokenized, text: str | None, clean: str | None, ids: list[int], field: str
+    ) -> None:
+        """Checks that positions in the user's text are positions in ``tokenized``."""
+        # vLLM cuts very long text before it tokenises, and keeps no word of how much.
+        most = getattr(self._tokenizer, "max_chars_per_token", 0)
+        cut = most and text and len(text) % most == 0 and len(text) >= len(ids) * most
+        if text is not None and (tokenized.text != clean or not tokenized.counts or cut):
+            raise EmphasisError(
+                "positions in this prompt cannot be told: it was truncated, or its tokens are not "
+                "those of its text; give `text`",
+                field=field,
+            )
 
     def decode(self, token_ids: list[int]) -> str:
         """Token ids to text, special tokens kept; empty without a tokenizer."""

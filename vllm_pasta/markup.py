@@ -6,12 +6,15 @@ spaces or attributes; anything else, ``<emphasis foo>`` say, is text.
 
 Markdown. ``**bold**`` and ``__bold__`` as CommonMark reads them, in the common cases: no white
 space just inside, no empty line within, ``__`` not inside a word, nothing inside code spans and
-fenced code. What is not balanced is text. A backslash before a star or underscore takes its
-meaning away. The stars stay or go, as the user chooses; backslashes go with them.
+fenced code; a mark closes the nearest that is open. What is not balanced is text. A backslash
+before a star or underscore takes its meaning away. The stars stay or go, as the user chooses;
+backslashes go with them.
 """
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 
 from vllm_pasta.errors import EmphasisError
 
@@ -36,12 +39,14 @@ def read_tags(text: str, tag: str = "emphasis") -> Marked:
     parts: list[str] = []
     ranges: list[Range] = []
     open_at: list[tuple[int, int]] = []  # (position in the result, position in text)
-    length = last = 0
+    length = last = words_end = 0  # words_end: where the result's last word ends
     for match in pattern.finditer(text):
         kept = text[last : match.start()]
         if match[1]:  # escaped: the tag stays, its backslash goes
             kept += match[0][1:]
         parts.append(kept)
+        if kept.strip():
+            words_end = length + len(kept.rstrip())
         length += len(kept)
         last = match.end()
         if match[1]:
@@ -49,73 +54,83 @@ def read_tags(text: str, tag: str = "emphasis") -> Marked:
         if not match[2]:
             open_at.append((length, match.start()))
         elif not open_at:
-            raise EmphasisError(_unbalanced(text, match.start(), f"</{tag}>", f"<{tag}>", tag))
+            raise _unbalanced(text, match.start(), f"</{tag}>", f"<{tag}>", tag)
         else:
             start, at = open_at.pop()
-            if not "".join(parts)[start:].strip():
+            if words_end <= start:
                 raise EmphasisError(
                     f"nothing but white space between the tags at {_place(text, at)}",
                     field="markup",
                 )
             ranges.append((start, length))
     if open_at:
-        raise EmphasisError(_unbalanced(text, open_at[-1][1], f"<{tag}>", f"</{tag}>", tag))
+        raise _unbalanced(text, open_at[-1][1], f"<{tag}>", f"</{tag}>", tag)
     parts.append(text[last:])
     return Marked("".join(parts), tuple(sorted(ranges)))
 
 
-_CODE = re.compile(r"(?ms)^(```+|~~~+).*?(?:^\1|\Z)|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)")
-_BOLD = re.compile(
-    r"(?<!\\)\*\*(?=[^\s*])(?P<stars>(?:(?!\n\s*\n)(?:\\.|[^\\]))+?)(?<=\S)(?<!\\)\*\*"
-    r"|(?<![\w\\])__(?=[^\s_])(?P<lines>(?:(?!\n\s*\n)(?:\\.|[^\\]))+?)(?<=\S)(?<!\\)__(?!\w)",
-    re.DOTALL,
+_TICKS = re.compile("`+")
+_PIECE = re.compile(
+    r"(?P<fence>^(```+|~~~+).*?(?:^\2|\Z))|(?P<ticks>`+)|(?P<escape>\\)[*_]|\\[^\n]"
+    r"|(?P<blank>\n\s*\n)|(?P<mark>\*{2,}|(?<!_)__(?!_))",
+    re.DOTALL | re.MULTILINE,
 )
-_ESCAPED = re.compile(r"\\([*_])")
 
 
 def read_markdown(text: str, *, keep: bool) -> Marked:
-    """Finds Markdown bold in ``text``.
+    """Finds Markdown bold in ``text``, in time linear in its length.
 
     Args:
         text: The text.
         keep: Whether stars and backslashes stay, which leaves the text untouched.
     """
-    code = [match.span() for match in _CODE.finditer(text)]
-    parts: list[str] = []
     ranges: list[Range] = []
-    length = last = position = 0
-
-    def add(piece: str, *, literal: bool = False) -> None:
-        nonlocal length
-        piece = piece if keep or literal else _ESCAPED.sub(r"\1", piece)
-        parts.append(piece)
-        length += len(piece)
-
-    def add_between(start: int, end: int) -> None:
-        for a, b in code:  # code is literal: its backslashes stay
-            if start <= a and b <= end:
-                add(text[start:a])
-                add(text[a:b], literal=True)
-                start = b
-        add(text[start:end])
-
-    while match := _BOLD.search(text, position):
-        inside = next((b for a, b in code if a <= match.start() < b), None)
-        if inside is not None:
-            position = inside
-            continue
-        group = "stars" if match["stars"] is not None else "lines"
-        start, end = match.span(group)
-        add_between(last, start if keep else match.start())
-        begin = length
-        add_between(start, end)
-        ranges.append((begin, length))
-        last = end if keep else match.end()
+    cuts: list[Range] = []  # marks and their backslashes: what goes, unless kept
+    openers: dict[str, list[int]] = {"**": [], "__": []}  # where marks start that are open
+    ticks: dict[int, list[int]] = {}  # where runs of so many backticks start
+    for run in _TICKS.finditer(text):
+        ticks.setdefault(len(run[0]), []).append(run.start())
+    position = 0
+    while match := _PIECE.search(text, position):
         position = match.end()
-    if not ranges:
-        return Marked(text, ())
-    add_between(last, len(text))
-    return Marked("".join(parts), tuple(ranges))
+        if match["ticks"]:  # code up to the next run that is as long, if there is one
+            same = ticks.get(len(match["ticks"]), [])
+            if (next_run := bisect_left(same, position)) < len(same):
+                position = same[next_run] + len(match["ticks"])
+        elif match["escape"]:
+            cuts.append(match.span("escape"))
+        elif match["blank"]:
+            openers = {"**": [], "__": []}  # bold ends with its paragraph
+        elif match["mark"]:
+            (start, end), kind = match.span(), match[0][:2]
+            before, after = text[start - 1 : start], text[end : end + 1]
+            in_word = kind == "__"  # which does not count there
+            if openers[kind] and before.strip() and not (in_word and after.isalnum()):
+                at = openers[kind].pop()
+                for places in openers.values():  # what was opened within and not closed is text
+                    while places and places[-1] > at:
+                        places.pop()
+                ranges.append((at + 2, start))
+                cuts += [(at, at + 2), (start, start + 2)]
+                start += 2
+            if end - start >= 2 and after.strip() and not (in_word and before.isalnum()):
+                openers[kind].append(end - 2)
+    ranges.sort()
+    return _without(text, ranges, sorted(cuts)) if ranges and not keep else Marked(text, (*ranges,))
+
+
+def _without(text: str, ranges: list[Range], cuts: list[Range]) -> Marked:
+    """``text`` with ``cuts`` taken out, which are sorted and disjoint; ``ranges`` move along."""
+    starts = [start for start, _ in cuts]
+    gone = [0, *accumulate(end - start for start, end in cuts)]
+    kept = zip([0, *(end for _, end in cuts)], [*starts, len(text)], strict=True)
+
+    def moved(position: int) -> int:
+        return position - gone[bisect_left(starts, position)]
+
+    return Marked(
+        "".join(text[a:b] for a, b in kept), tuple((moved(a), moved(b)) for a, b in ranges)
+    )
 
 
 @dataclass(frozen=True)
@@ -146,10 +161,11 @@ class Markup:
         return Marked(text, ())
 
 
-def _unbalanced(text: str, at: int, found: str, missing: str, tag: str) -> str:
-    return (
-        f"markup: {found} at {_place(text, at)} has no {missing}; write \\<{tag}> where the tag "
-        "is meant as text"
+def _unbalanced(text: str, at: int, found: str, missing: str, tag: str) -> EmphasisError:
+    return EmphasisError(
+        f"{found} at {_place(text, at)} has no {missing}; write \\<{tag}> where the tag is meant "
+        "as text",
+        field="markup",
     )
 
 

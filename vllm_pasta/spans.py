@@ -1,10 +1,10 @@
 """From text to token ranges. Pure Python: a tokenizer comes in as a callable."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
-from vllm_pasta.emphasis import Span
+from vllm_pasta.emphasis import Span, check_count
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.marks import Occurrence
 
@@ -20,11 +20,13 @@ class Tokenized:
         text: The prompt's text, special tokens included, before any truncation.
         offsets: One range of ``text`` per prompt token.
         window: Range of ``text`` that the tokens cover: all of it, unless it was truncated.
+        counts: Whether it is sure which characters were cut off, if any were.
     """
 
     text: str
     offsets: Offsets
     window: tuple[int, int]
+    counts: bool = True
 
     def tokens(self, start: int, end: int, field: str) -> Span:
         """Token range of all tokens that lie wholly or partly in characters ``[start, end)``.
@@ -71,17 +73,11 @@ def find(
         field: For the message.
 
     Raises:
-        EmphasisError: not there (shows where it comes closest), or not as often.
+        EmphasisError: not there (shows where it comes closest), not as often, or too often.
     """
     begin, end = window or (0, len(text))
-    starts = []
-    position = text.find(needle, begin, end)
-    while position >= 0:
-        starts.append(position)
-        if occurrence == len(starts) - 1:
-            break
-        position = text.find(needle, position + len(needle), end)
-    if not starts:
+    count = text.count(needle, begin, end)
+    if not count:
         hint = closest(text[begin:end], needle)
         raise EmphasisError(
             f"{_quote(needle)} is not in the prompt"
@@ -90,20 +86,24 @@ def find(
             "letter for letter",
             field=field,
         )
-    if occurrence == "last":
+    if isinstance(occurrence, int) and occurrence >= count:
+        raise EmphasisError(
+            f"{_quote(needle)} occurs {count} times, so occurrence (from 0) is at most "
+            f"{count - 1}, got {occurrence}",
+            field=field,
+        )
+    if occurrence == "all":
+        check_count(count)
+    last = count - 1 if isinstance(occurrence, str) else occurrence
+    starts = [text.find(needle, begin, end)]
+    while len(starts) <= last:
+        starts.append(text.find(needle, starts[-1] + len(needle), end))
+    if occurrence != "all":
         starts = starts[-1:]
-    elif occurrence != "all":
-        if occurrence >= len(starts):
-            raise EmphasisError(
-                f"{_quote(needle)} occurs {len(starts)} times, so occurrence (from 0) is at most "
-                f"{len(starts) - 1}, got {occurrence}",
-                field=field,
-            )
-        starts = [starts[occurrence]]
     return [(start, start + len(needle)) for start in starts]
 
 
-def closest(prompt: str, text: str, *, limit: int = 100_000) -> str:
+def closest(prompt: str, text: str, *, limit: int = 20_000) -> str:
     """The part of ``prompt`` most like ``text``, or an empty string.
 
     The longest common run fixes the place; the part has the length of ``text`` around it. Only
@@ -128,7 +128,8 @@ def align(
     special tokens there.
 
     Returns:
-        None where they do not match.
+        None where they do not match. Where they match in two ways, as in a text that repeats
+        itself, the one cut at the start, whose positions do not count.
     """
     ids, encoded = list(token_ids), list(encoded_ids)
     n, offsets = len(ids), list(encoded_offsets)
@@ -136,14 +137,19 @@ def align(
         return Tokenized(text, offsets, (0, len(text)))
     if not 0 < n < len(encoded):
         return None
+    found: list[Tokenized] = []
     for kept in range(min(3, n)):
         rest = n - kept
         if ids[:kept] == encoded[:kept] and ids[kept:] == encoded[-rest:]:
-            return Tokenized(text, offsets[:kept] + offsets[-rest:], (offsets[-rest][0], len(text)))
+            left = offsets[:kept] + offsets[-rest:]
+            found.append(Tokenized(text, left, (offsets[-rest][0], len(text))))
         if ids[:rest] == encoded[:rest] and ids[rest:] == (encoded[-kept:] if kept else []):
-            cut = offsets[:rest] + (offsets[-kept:] if kept else [])
-            return Tokenized(text, cut, (0, offsets[rest - 1][1]))
-    return None
+            right = offsets[:rest] + (offsets[-kept:] if kept else [])
+            found.append(Tokenized(text, right, (0, offsets[rest - 1][1])))
+    if not found:
+        return None
+    same = all(other.offsets == found[0].offsets for other in found)
+    return replace(found[0], counts=same)
 
 
 def decoded(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> Tokenized:

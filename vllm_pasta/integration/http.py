@@ -4,7 +4,8 @@ An ASGI middleware, added through vLLM's own ``--middleware``:
 
 - ``"emphasis": …`` and ``"return_emphasis": true`` at the top level of a request's body move into
   ``vllm_xargs``, in a form that it can carry;
-- with ``return_emphasis``, the response has a header ``x-emphasis``: what was emphasised, as JSON.
+- with ``return_emphasis``, the response has a header ``x-emphasis``: what was emphasised, as JSON;
+- an endpoint that has no ``vllm_xargs`` would drop both without a word: refused there.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
-from vllm_pasta.emphasis import KEY, RETURN_KEY
+from vllm_pasta.emphasis import KEY, RETURN_KEY, is_ours
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.integration import observe
 
@@ -20,7 +21,19 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+PATHS = (
+    *(
+        f"/v1/{name}{suffix}"
+        for name in ("completions", "chat/completions", "responses", "messages")
+        for suffix in ("", "/render")
+    ),
+    "/invocations",
+)
+"""Endpoints whose request models have ``vllm_xargs``."""
+
+OURS = "/v1/emphasis/"
+"""Our own routes read bodies themselves."""
+
 HEADER = b"x-emphasis"
 HEADER_LIMIT_BYTES = 6_000
 """Clients and proxies refuse headers from 8 KiB on; texts are shortened to fit."""
@@ -33,7 +46,12 @@ class EmphasisMiddleware:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        # As Starlette finds its routes: below --root-path, if a proxy left that in the path.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        known = path in PATHS
+        if path.startswith(OURS) or not (known or _is_json(scope["headers"])):
             return await self.app(scope, receive, send)
         body, more = b"", True
         while more:
@@ -43,7 +61,7 @@ class EmphasisMiddleware:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         try:
-            body, wanted = rewrite(body)
+            body, wanted = rewrite(body) if known else refuse(body, path)
         except EmphasisError as e:
             observe.refused(e.field)
             return await _refuse(send, e)
@@ -74,35 +92,86 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
     """Moves our top-level fields of a JSON body into ``vllm_xargs``.
 
     Returns:
-        The body, and whether the response shall say what was emphasised.
+        The body, byte for byte where it has none, and whether the response shall say what was
+        emphasised.
 
     Raises:
         EmphasisError: a field is given twice, or is of a type that means nothing.
     """
-    if f'{KEY}"'.encode() not in body:
-        return body, False
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return body, False  # vLLM says what is wrong with it
-    if not isinstance(request, dict):
-        return body, False
-    xargs = request.get("vllm_xargs") or {}
-    if not isinstance(xargs, dict):
+    request = _object(body)
+    xargs = (request.get("vllm_xargs") or {}) if request else {}
+    if not request or not isinstance(xargs, dict):
+        return body, False  # nothing of ours, or vLLM says what is wrong with it
+    ours = [key for key in request if is_ours(key)]
+    if not ours and RETURN_KEY not in xargs:
         return body, False
     changed = dict(xargs)
-    if (emphasis := request.pop(KEY, None)) is not None:
-        if xargs.get(KEY) is not None:
-            raise EmphasisError("given twice, at the top level and in vllm_xargs", field=KEY)
-        changed[KEY] = _as_scalar(emphasis)
-    wanted = request.pop(RETURN_KEY, None)
-    inner = changed.pop(RETURN_KEY, None)
-    wanted = inner if wanted is None else wanted
+    for key in ours:
+        value = request.pop(key)
+        if value is None:
+            continue
+        if xargs.get(key) is not None:
+            raise EmphasisError("given twice, at the top level and in vllm_xargs", field=key)
+        changed[key] = _as_scalar(value, key)
+    wanted = changed.pop(RETURN_KEY, None)
     if wanted is not None and (not isinstance(wanted, bool | int) or wanted not in (0, 1)):
         raise EmphasisError(f"expected true or false, got {show(wanted)}", field=RETURN_KEY)
     if changed or "vllm_xargs" in request:
         request["vllm_xargs"] = changed or None
-    return json.dumps(request).encode(), bool(wanted)
+    return dumps(request).encode(), bool(wanted)
+
+
+def rewrite_batch_line(line: str | bytes) -> str | bytes:
+    """The same for a line of a batch file (``vllm run-batch``), whose ``body`` is a request's.
+
+    Raises:
+        EmphasisError: as `rewrite`.
+    """
+    request = _object(line.encode() if isinstance(line, str) else line)
+    if request is None or not isinstance(request.get("body"), dict):
+        return line
+    body, _ = rewrite(dumps(request["body"]).encode())
+    return dumps({**request, "body": json.loads(body)})
+
+
+def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
+    """Lets a body without our fields pass, to an endpoint that would drop them.
+
+    Raises:
+        EmphasisError: it has one.
+    """
+    request = _object(body) or {}
+    xargs = request.get("vllm_xargs")
+    for fields in (request, xargs if isinstance(xargs, dict) else {}):
+        if any(is_ours(key) and value is not None for key, value in fields.items()):
+            raise EmphasisError(
+                f"{show(path)} takes no emphasis here; these do: {', '.join(PATHS)}", field=KEY
+            )
+    return body, False
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    """The body as an object, if it may hold one of our fields; else None."""
+    # Keys may be written with escapes, and JSON in UTF-16.
+    if not any(sign in body for sign in (KEY.encode(), b"\\u", b"\0")):
+        return None
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # vLLM says what is wrong with it
+    return request if isinstance(request, dict) else None
+
+
+def dumps(value: Any) -> str:
+    """JSON of what came as JSON.
+
+    Raises:
+        EmphasisError: nested deeper than can be written again.
+    """
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise EmphasisError("nested too deeply", field=KEY) from None
 
 
 def header(entries: list[dict[str, Any]]) -> bytes:
@@ -130,15 +199,21 @@ def header(entries: list[dict[str, Any]]) -> bytes:
         longest //= 2
 
 
-def _as_scalar(emphasis: Any) -> Any:
+def _as_scalar(value: Any, key: str) -> Any:
     """What ``vllm_xargs`` can carry: scalars as they are, anything else as a JSON object."""
-    if isinstance(emphasis, dict):
-        return json.dumps(emphasis)
-    if isinstance(emphasis, list) and not all(isinstance(item, str) for item in emphasis):
-        return json.dumps({"text": emphasis})
-    if isinstance(emphasis, bool):
-        raise EmphasisError(f"expected an object, a string or a list, got {emphasis}", field=KEY)
-    return emphasis
+    if key == RETURN_KEY:
+        return value
+    if isinstance(value, dict):
+        return dumps(value)
+    if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        return dumps({"text": value} if key == KEY else value)
+    if isinstance(value, bool):
+        raise EmphasisError(f"expected an object, a string or a list, got {value}", field=key)
+    return value
+
+
+def _is_json(headers: Any) -> bool:
+    return any(k.lower() == b"content-type" and b"json" in v.lower() for k, v in headers)
 
 
 def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:

@@ -7,7 +7,9 @@ vLLM loads them only where ``VLLM_PLUGINS`` names ``pasta``.
   be emphasised, without generating.
 """
 
+import json
 from argparse import Namespace
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -58,7 +60,7 @@ async def resolve(request: Request) -> JSONResponse:
     admission: Admission = state.pasta_admission
     try:
         body, _ = rewrite(await request.body())
-        if b'"messages"' in body:
+        if "messages" in _keys(body):
             chat = ChatCompletionRequest.model_validate_json(body)
             rendered = await state.openai_serving_chat.render_chat_request(chat)
             prompts = rendered[1] if isinstance(rendered, tuple) else rendered
@@ -88,6 +90,14 @@ def _dry_run(admission: Admission, params: Any, prompt: dict[str, Any]) -> dict[
         "alpha": emphasis.alpha,
         "heads": {str(layer): list(heads) for layer, heads in emphasis.heads.layers},
     }
+
+
+def _keys(body: bytes) -> Collection[str]:
+    try:
+        request = json.loads(body)
+    except RecursionError:
+        raise ValueError("the body is nested too deeply") from None
+    return request if isinstance(request, dict) else ()
 
 
 def _describe(heads: HeadSet) -> dict[str, Any]:

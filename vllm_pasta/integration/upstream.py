@@ -179,6 +179,46 @@ def _get_connector_class(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_connector_class
 
 
+def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_pasta.integration.admission import WIRE_KEY
+
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, request, *args, **kwargs)
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        if extra_args and extra_args.get(WIRE_KEY):
+            self.request_states[request.request_id].pasta_steered = True
+
+    return add_request
+
+
+def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_pasta.integration import observe
+
+    @functools.wraps(original)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.log_stats:
+            states = [
+                self.request_states.get(output.request_id)
+                for output in engine_core_outputs
+                if output.new_token_ids
+            ]
+            observe.rows([hasattr(s, "pasta_steered") for s in states if s is not None])
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def _batch_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def model_validate_json(cls: Any, json_data: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_pasta.integration.http import rewrite_batch_line
+
+        return original(cls, rewrite_batch_line(json_data), *args, **kwargs)
+
+    return model_validate_json
+
+
 def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,6 +278,24 @@ PATCHES = (
         "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.get_connector_class",
         _get_connector_class,
         "006f844582d8",
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor:OutputProcessor.add_request",
+        _add_request,
+        "8e0315ddb4d6",
+        frontend=True,
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        _process_outputs,
+        "9e116796002e",
+        frontend=True,
+    ),
+    Patch(
+        "vllm.entrypoints.launchers.run_batch:BatchRequestInput.model_validate_json",
+        _batch_request,
+        "3233ae5b1d33",
+        frontend=True,
     ),
     Patch("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args, "0b7444570415"),
     Patch("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args, "51a013f61829"),
