@@ -1,6 +1,9 @@
 """`vllm-pasta explain` shows what a request would emphasise."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -54,12 +57,47 @@ def test_tags_and_messages(explain, tmp_path):
         (["--prompt", "@/no/such/file"], "cannot be read"),
         (["--messages", "{"], "chat messages as JSON"),
         (["--messages", "{}"], "role"),
+        (["--messages", '[{"content": "no role"}]'], "chat template"),
     ],
 )
 def test_errors(explain, arguments, words):
     status, _, err = explain(*arguments)
     assert status == 1
     assert words in err
+
+
+def test_pieces_are_not_decoded_alone(capsys, monkeypatch):
+    """SentencePiece: a token decoded by itself loses its space."""
+    from test_locate import CORPUS, sentencepiece_like
+
+    monkeypatch.setattr("vllm_pasta.explain.load_tokenizer", lambda _: sentencepiece_like())
+    arguments = ["--prompt", CORPUS[0], "--emphasis", "three colours"]
+    assert main(["explain", "--model", "x", *arguments]) == 0
+    shown = capsys.readouterr().out.split("\n\n")[0]
+    assert shown.replace("«", "").replace("»", "").endswith(CORPUS[0])
+    assert shown.split("«")[1].split("»")[0].strip() == "three colours"
+    assert main(["explain", "--model", "x", *arguments, "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["emphasised"]
+    assert entry["text"].strip() == "three colours"
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^\$ (vllm-pasta explain (?:.*\\\n)*.*)\n((?:(?!\$ |```).*\n)*)", README, re.M)
+
+
+def test_readme_shows_every_way():
+    words = "".join(command for command, _ in SHOWN)
+    for way in ("text", "occurrence", "chars", "spans", "message", "role", "<emphasis>", "**"):
+        assert way in words
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(len(SHOWN)))
+def test_readme(command, output, smollm2, capsys):
+    """What the README shows is what the program prints."""
+    arguments = shlex.split(command.replace("MODEL", smollm2).replace("\\\n", " "))
+    assert main(arguments[1:]) == 0
+    printed = capsys.readouterr().out
+    assert [line.rstrip() for line in printed.rstrip().splitlines()] == output.rstrip().splitlines()
 
 
 def test_unknown_model(capsys):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pasta import Emphasis, EmphasisError
-from vllm_pasta.integration import observe
+from vllm_pasta.integration import observe, upstream
 from vllm_pasta.integration.http import (
     HEADER_LIMIT_BYTES,
     EmphasisMiddleware,
@@ -69,6 +69,12 @@ def test_batch_file():
     line = {"custom_id": "1", "url": "/v1/chat/completions", "body": {"emphasis": {"text": "a"}}}
     after = json.loads(rewrite_batch_line(json.dumps(line)))
     assert after == {**line, "body": {"vllm_xargs": {"emphasis": '{"text": "a"}'}}}
+    from vllm.entrypoints.launchers.run_batch import BatchRequestInput
+
+    upstream._apply(list(upstream.PATCHES))
+    line["body"]["messages"] = [{"role": "user", "content": "a"}]
+    request = BatchRequestInput.model_validate_json(json.dumps({**line, "method": "POST"}))
+    assert request.body.to_sampling_params(1, {}).extra_args == {"emphasis": '{"text": "a"}'}
     plain = json.dumps({**line, "body": {"messages": "emphasis"}})
     assert json.loads(rewrite_batch_line(plain)) == json.loads(plain)
     assert rewrite_batch_line("{") == "{"

@@ -21,6 +21,9 @@ HEADS = {str(layer): list(range(9)) for layer in range(20, 25)}
 MESSAGES = [{"role": "user", "content": "Name a colour. Answer in JSON."}]
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 @pytest.fixture(scope="module")
 def heads_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("server") / "heads.json"
@@ -331,13 +334,77 @@ def test_metrics(server, client):
     )
     before = [metric(server, name) for name in names]
     replies = [complete(client, {"emphasis": '{"spans": [[2, 7]]}'}, n=2), complete(client)]
-    for xargs in ({"emphasis": "Bergen"}, {"emphasis_\ud800\n": "x"}):
+    for xargs in ({"emphasis": "Bergen"}, {"emphasis_mine": "x"}):
         with pytest.raises(openai.BadRequestError):
             complete(client, xargs)
     after = [metric(server, name) for name in names]
     rows = [reply.usage.completion_tokens for reply in replies]
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 5, 1, *rows]
-    assert "emphasis_" not in httpx.get(f"{server}/metrics").text
+    assert "emphasis_mine" not in httpx.get(f"{server}/metrics").text
+
+
+HOSTILE = {
+    "unpaired surrogate in a field's name": {"emphasis_\ud800": "x"},
+    "in a text": {"emphasis": "\ud800"},
+    "in a head set's name": {"emphasis": {"text": "Ann", "heads": "\ud800"}},
+    "in a layer": {"emphasis": {"text": "Ann", "heads": {"\ud800": [1]}}},
+    "huge number": {"emphasis": {"spans": [[0, 10**4000]]}},
+    "too many ranges": {"emphasis": {"text": [{"text": "n", "occurrence": "all"}] * 200}},
+    "xargs of another type": {"emphasis": "Ann", "vllm_xargs": "x"},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/emphasis/resolve"])
+def test_hostile_bodies(case, path, server):
+    """What trips JSON, UTF-8 or a label: 400, with a message."""
+    body = json.dumps({"model": "m", "prompt": PROMPT, "max_tokens": 1, **HOSTILE[case]})
+    reply = httpx.post(f"{server}{path}", content=body, headers=JSON)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/emphasis/resolve"])
+def test_deeply_nested_bodies(path, server):
+    """Wherever Python's recursion gives up: in our reading, in vLLM's, or in a message."""
+    with httpx.Client(base_url=server, headers=JSON) as http:
+        for depth in (90, 450, *range(880, 1000, 10), 3000):
+            for opening, closing in (("[", "]"), ('{"text":', "}")):
+                nested = f"{opening * depth}1{closing * depth}"
+                body = f'{{"model": "m", "prompt": "Ann", "emphasis": {nested}}}'
+                assert http.post(path, content=body).status_code == 400, depth
+
+
+CHAT_BODY = {"model": "m", "messages": MESSAGES, "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", CHAT_BODY),
+        ("/invocations", CHAT_BODY),
+        ("/invocations", {"model": "m", "prompt": "Name a colour", "max_tokens": 1}),
+    ],
+)
+def test_other_ways_in(path, body, server):
+    """Endpoints beside OpenAI's: emphasised, reported, refused alike."""
+    body = {**body, "emphasis": "colour", "return_emphasis": True}
+    reply = httpx.post(f"{server}{path}", json=body, timeout=60)
+    assert json.loads(reply.headers["x-emphasis"])[0]["emphasised"][0]["text"].strip() == "colour"
+    body["emphasis"] = "Bergen"
+    reply = httpx.post(f"{server}{path}", json=body)
+    assert reply.status_code == 400
+    assert "not in the prompt" in reply.text
+
+
+def test_endpoint_that_would_drop_it(server):
+    """A batch of chats has no room for it in vLLM's model: refused, plain ones are served."""
+    body = {**CHAT_BODY, "messages": [MESSAGES, MESSAGES]}
+    url = f"{server}/v1/chat/completions/batch"
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    reply = httpx.post(url, json={**body, "emphasis": "colour"})
+    assert reply.status_code == 400
+    assert "takes no emphasis" in reply.text
 
 
 def random_spec(rng, depth=0):
@@ -382,9 +449,8 @@ def test_fuzz(server, client, steered):
             assert reply.json()["error"]["message"], specs[i]
         assert reply.status_code in (200, 400), (specs[i], reply.text)
 
-    headers = {"Content-Type": "application/json"}
     with (
-        httpx.Client(base_url=server, timeout=120, headers=headers) as http,
+        httpx.Client(base_url=server, timeout=120, headers=JSON) as http,
         ThreadPoolExecutor(16) as pool,
     ):
         list(pool.map(send, range(count)))

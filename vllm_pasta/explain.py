@@ -12,6 +12,7 @@ from vllm_pasta.emphasis import KEY, Emphasis
 from vllm_pasta.errors import EmphasisError, PastaError
 from vllm_pasta.locate import Located, Locator
 from vllm_pasta.markup import Markup
+from vllm_pasta.spans import decoded
 
 DESCRIPTION = (
     "Shows which tokens of a prompt an emphasis marks, as a server would resolve it. Needs the "
@@ -43,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     chat = None
     if args.messages is not None:
         chat = _chat(tokenizer, _read(args.messages))
-        text = chat.render([dict(message) for message in chat.messages])
+        try:
+            text = chat.render([dict(message) for message in chat.messages])
+        except Exception as e:  # a template may raise anything
+            raise PastaError(f"--messages: the chat template fails: {e}") from e
         assert text is not None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
@@ -61,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
 def as_json(tokenizer: Any, located: Located) -> dict[str, Any]:
     """For programs: the prompt's size, and each emphasised range with its tokens."""
     ids = located.token_ids
+    seen = decoded(ids, tokenizer.decode)
     return {
         "prompt_tokens": len(ids),
         "emphasised_tokens": sum(end - start for start, end in located.spans),
         "emphasised": [
             {
                 "tokens": [start, end],
-                "text": tokenizer.decode(ids[start:end]),
+                "text": seen.text[seen.offsets[start][0] : seen.offsets[end - 1][1]],
                 "pieces": [tokenizer.decode([i]) for i in ids[start:end]],
             }
             for start, end in located.spans
@@ -78,19 +83,17 @@ def as_json(tokenizer: Any, located: Located) -> dict[str, Any]:
 def coloured(tokenizer: Any, located: Located, colour: bool) -> str:
     """For people: the prompt as the model sees it; what is emphasised stands out."""
     before, after = (BOLD, RESET) if colour else ("«", "»")
-    ids, parts, position = located.token_ids, [], 0
+    # Decoded as one text: pieces by themselves may lose spaces, or parts of a character.
+    seen = decoded(located.token_ids, tokenizer.decode)
+    parts, position = [], 0
     for start, end in located.spans:
-        parts += [
-            tokenizer.decode(ids[position:start]),
-            before,
-            tokenizer.decode(ids[start:end]),
-            after,
-        ]
-        position = end
-    parts.append(tokenizer.decode(ids[position:]))
+        a, b = seen.offsets[start][0], seen.offsets[end - 1][1]
+        parts += [seen.text[position:a], before, seen.text[a:b], after]
+        position = b
+    parts.append(seen.text[position:])
     count = sum(end - start for start, end in located.spans)
     where = ", ".join(f"[{start}, {end})" for start, end in located.spans) or "none"
-    summary = f"{count} of {len(ids)} tokens emphasised: {where}"
+    summary = f"{count} of {len(located.token_ids)} tokens emphasised: {where}"
     return "".join(parts) + "\n\n" + (f"{DIM}{summary}{RESET}" if colour else summary)
 
 
