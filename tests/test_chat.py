@@ -164,4 +164,20 @@ def test_markup_by_message():
 
 
 def test_take_out():
-    assert take_out("a(b)c((d)e))", "(", ")") == ("abcde", [(1, 2), (3, 4), (3, 5)])
+    assert take_out("a(b)c((d)e]]", "(", ")]") == ("abcde", [(1, 2), (3, 4), (3, 5)])
+    assert take_out("a(b)c", "(", ")]") == ("abc", [])  # a mark that the template left out
+
+
+def test_message_that_the_template_leaves_out():
+    """A mark is not lost because another is found."""
+
+    def last(messages):
+        return f"<{messages[-1]['content']}>"
+
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    found = {}
+    for marks in ([Mark(message=1)], [Mark(message=0), Mark(message=1)]):
+        text, enclosed = take_out(*mark_messages(Chat(messages, last), marks, "<two>"))
+        assert text == "<two>"
+        found[len(marks)] = enclosed
+    assert found == {1: [(1, 4)], 2: []}

@@ -1,19 +1,21 @@
 """Finds marks of chat messages in the prompt that the chat template made of them.
 
-The marked parts of the messages are wrapped in two characters that occur nowhere else, the template
-is run again, and the two characters are looked up in what comes out and taken out again. What is
-left must be the prompt, letter for letter; so this is right for any template, or refused.
+The marked parts of the messages are wrapped in characters that occur nowhere else, the template is
+run again, and the characters are looked up in what comes out and taken out again. All must be
+there, and what is left must be the prompt, letter for letter; so this is right for any template, or
+refused.
 
 Markup is read in each text of the messages by itself, never in what the template adds.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
-from vllm_pasta.emphasis import union
+from vllm_pasta.emphasis import check_count, union
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.marks import Mark
 from vllm_pasta.markup import Marked, Markup, Range
@@ -75,24 +77,29 @@ def mark_messages(
     Args:
         chat: The conversation.
         marks: Marks with ``message`` or ``role``.
-        prompt: The prompt as it was rendered.
+        prompt: The prompt as it was rendered, without sentinels.
         marked: More ranges, of the messages' texts.
 
     Returns:
-        The text with sentinels, and the two characters, opening and closing.
+        The text with sentinels; the opening one; the closing ones, one for each range.
 
     Raises:
-        EmphasisError: no such message; a text is not in it; the template gives no text.
+        EmphasisError: no such message; a text is not in it; the template gives no text; too many.
     """
-    wanted: dict[Place, list[Range]] = {at: list(ranges) for at, ranges in marked.items()}
+    wanted: dict[Place, list[Range]] = {at: list(spans) for at, spans in marked.items()}
     for mark in marks:
         for at, span in _places(chat, mark):
             wanted.setdefault(at, []).append(span)
-    opening, closing = _unused(prompt)
+    ranges = {at: union(spans) for at, spans in wanted.items()}
+    count = sum(len(spans) for spans in ranges.values())
+    check_count(count)
+    free = (char for char in SENTINELS if char not in prompt)
+    opening, *closings = islice(free, count + 1)
+    closing = iter(closings)
     texts = {
         (index, part): text for index, parts in enumerate(chat.texts()) for part, text in parts
     }
-    wrapped = {at: _wrap(texts[at], ranges, opening, closing) for at, ranges in wanted.items()}
+    wrapped = {at: _wrap(texts[at], spans, opening, closing) for at, spans in ranges.items()}
     rendered = chat.render(_replaced(chat.messages, wrapped))
     if rendered is None:
         raise EmphasisError(
@@ -100,7 +107,7 @@ def mark_messages(
             "use `text` or `spans`",
             field="emphasis",
         )
-    return rendered, opening, closing
+    return rendered, opening, "".join(closings)
 
 
 def _replaced(
@@ -121,22 +128,26 @@ def _replaced(
     return copies
 
 
-def take_out(text: str, opening: str, closing: str) -> tuple[str, list[Range]]:
-    """Takes sentinels out of ``text``; gives what is left, and what they enclosed."""
+def take_out(text: str, opening: str, closings: str) -> tuple[str, list[Range]]:
+    """Takes sentinels out of ``text``.
+
+    Returns:
+        What is left, and what they enclosed; nothing if a closing one is missing.
+    """
     parts: list[str] = []
     enclosed: list[Range] = []
     opened: list[int] = []
     length = 0
-    for piece in re.split(f"([{opening}{closing}])", text):
+    for piece in re.split(f"([{opening}{closings}])", text):
         if piece == opening:
             opened.append(length)
-        elif piece == closing:
+        elif len(piece) == 1 and piece in closings:
             if opened:
                 enclosed.append((opened.pop(), length))
         else:
             parts.append(piece)
             length += len(piece)
-    return "".join(parts), enclosed
+    return "".join(parts), enclosed if set(closings) <= set(text) else []
 
 
 def _places(chat: Chat, mark: Mark) -> list[tuple[Place, Range]]:
@@ -213,15 +224,10 @@ def _text_key(part: Mapping[str, Any]) -> str | None:
     return keys[0] if keys else None
 
 
-def _wrap(text: str, ranges: Sequence[Range], opening: str, closing: str) -> str:
-    for a, b in reversed(union(ranges)):
+def _wrap(text: str, ranges: Sequence[Range], opening: str, closing: Iterator[str]) -> str:
+    for a, b in reversed(ranges):
         # Templates strip messages: leave white space at the edges outside.
         a += len(text[a:b]) - len(text[a:b].lstrip())
         b = a + len(text[a:b].rstrip())
-        text = f"{text[:a]}{opening}{text[a:b]}{closing}{text[b:]}"
+        text = f"{text[:a]}{opening}{text[a:b]}{next(closing)}{text[b:]}"
     return text
-
-
-def _unused(prompt: str) -> tuple[str, str]:
-    free = (char for char in SENTINELS if char not in prompt)
-    return next(free), next(free)
