@@ -180,7 +180,7 @@ def _get_connector_class(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_pasta.integration.admission import WIRE_KEY
+    from vllm_pasta.emphasis import WIRE_KEY
 
     @functools.wraps(original)
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
