@@ -70,8 +70,10 @@ def test_two_api_servers(server, counters, tiny_oracle):
         ("pasta_requests_steered_total", 1),
         ("pasta_emphasised_tokens_total", SPAN[1] - SPAN[0]),
         ("pasta_requests_refused_total", 1),
+        ('pasta_step_rows_total{kind="steered"}', 8),
+        ('pasta_step_rows_total{kind="plain"}', 8),
     ):
-        shares = by_process(counters, name)
+        shares = by_process(counters, name.partition("{")[0])
         assert len(shares) == 2, name
         assert min(shares.values()) > 0
         for _ in range(8):  # from either

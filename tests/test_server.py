@@ -19,8 +19,6 @@ PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives
 FACT = "Ann lives in Oslo"
 HEADS = {str(layer): list(range(9)) for layer in range(20, 25)}
 MESSAGES = [{"role": "user", "content": "Name a colour. Answer in JSON."}]
-
-
 JSON = {"Content-Type": "application/json"}
 
 
@@ -499,8 +497,10 @@ def test_flags(arguments, expected, tiny):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", str(tiny), *arguments]))
-    assert args.additional_config.get("pasta") == expected
+    args = parser.parse_args(["--model", str(tiny), *arguments])
+    config = AsyncEngineArgs.from_cli_args(args).additional_config
+    assert config.get("pasta") == expected
+    assert args.additional_config == config  # what a second API server starts from
 
 
 OFFLINE = """

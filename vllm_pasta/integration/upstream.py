@@ -239,6 +239,8 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         add_middleware(args)  # the API server builds its app after its engine
         engine_args = original(cls, args)
         engine_args.additional_config = merge_flags(args, engine_args.additional_config)
+        # Further API servers start from these, in processes that load plugins only after this.
+        args.additional_config = engine_args.additional_config
         return engine_args
 
     return from_cli_args
