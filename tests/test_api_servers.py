@@ -1,6 +1,8 @@
-"""`vllm serve --api-server-count 2`: several front ends, one engine, one /metrics."""
+"""`vllm serve --api-server-count 2 --data-parallel-size 2`: several front ends and engines, one
+/metrics."""
 
 import json
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +29,11 @@ def counters(tmp_path_factory):
 def server(tiny, counters, tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
     (folder / "heads.json").write_text(json.dumps(HEADS))
-    command = [VLLM, "serve", tiny, *SERVE, "--api-server-count", "2",
+    command = [VLLM, "serve", tiny, *SERVE, "--api-server-count", "2", "--data-parallel-size", "2",
                "--pasta-heads", folder / "heads.json"]  # fmt: skip
-    env = {"PROMETHEUS_MULTIPROC_DIR": str(counters)}
+    cores = sorted(os.sched_getaffinity(0))
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(counters),
+           "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}  # fmt: skip
     with running([(command, env)], folder) as (url,):
         yield url
 
@@ -45,7 +49,7 @@ def by_process(folder: Path, name: str):
 
 
 def test_two_api_servers(server, counters, tiny_oracle):
-    """Both steer and refuse, and /metrics sums over both, whichever answers."""
+    """Both steer and refuse, both engines run some, and /metrics sums up, whichever answers."""
     heads = {int(layer): h for layer, h in HEADS.items()}
     steering = Steering([tuple(SPAN)], heads, 0.01, len(PROMPT))
     steered, plain = (tiny_oracle.generate(PROMPT, 8, s)[0] for s in (steering, None))
@@ -66,6 +70,9 @@ def test_two_api_servers(server, counters, tiny_oracle):
                 assert answer.startswith("emphasis.spans[0]: expected an end of at most 60")
             else:
                 assert answer == (plain if i % 3 else steered)
+    for engine in (0, 1):
+        done = f'vllm:request_success_total{{engine="{engine}",finished_reason="length"'
+        assert metric(server, done) > 0
     for name, factor in (
         ("pasta_requests_steered_total", 1),
         ("pasta_emphasised_tokens_total", SPAN[1] - SPAN[0]),
