@@ -184,18 +184,42 @@ def test_environment_that_cannot_steer(variable, reason, tiny, monkeypatch):
         start(tiny, skip_tokenizer_init=True)
 
 
-def test_multimodal_model(tmp_path):
-    """Refused at start, before weights are read: there are none."""
-    from conftest import start
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+MODELS = {
+    "the model is multimodal": ("paligemma", "PaliGemmaForConditionalGeneration"),
+    "MLA attention": ("deepseek_v2", "DeepseekV2ForCausalLM"),
+    "layers without attention": ("mamba", "MambaForCausalLM"),
+    "an encoder-decoder": ("whisper", "WhisperForConditionalGeneration"),
+    "runner is pooling": ("bert", "BertModel"),
+}
 
-    LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1),
-        text_config=LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1),
-        architectures=["LlavaForConditionalGeneration"],
-    ).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="the model is multimodal"):
-        start(tmp_path, skip_tokenizer_init=True)
+
+@pytest.mark.parametrize("reason", MODELS)
+def test_model_that_cannot_be_steered(reason, tmp_path):
+    """Its configuration tells, before weights are read: there are none."""
+    from transformers import AutoConfig
+    from vllm import EngineArgs
+
+    from vllm_pasta.integration import support
+
+    model_type, architecture = MODELS[reason]
+    AutoConfig.for_model(model_type, architectures=[architecture]).save_pretrained(tmp_path)
+    config = EngineArgs(str(tmp_path), skip_tokenizer_init=True).create_engine_config()
+    with pytest.raises(UnsupportedError, match=reason):
+        support.check_engine(config)
+
+
+def test_gpu_and_model_runner_v2(small_batches, monkeypatch):
+    """Not reached on a CPU, so what vLLM says of itself is changed."""
+    from types import SimpleNamespace
+
+    from vllm_pasta.integration import support
+
+    config = small_batches.llm_engine.vllm_config
+    gpu = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
+    monkeypatch.setattr(support, "current_platform", gpu)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    with pytest.raises(UnsupportedError, match="platform is cuda, not cpu; Model Runner V2"):
+        support.check_engine(config)
 
 
 def test_requests_that_cannot_be_steered(small_batches):
