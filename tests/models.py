@@ -16,11 +16,13 @@ from transformers import (
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def tiny_llama(folder, *, heads=4, kv_heads=2, head_size=32, layers=4, dtype=torch.float32):
+def tiny_llama(
+    folder, *, heads=4, kv_heads=2, head_size=32, layers=4, dtype=torch.float32, vocab=256
+):
     """Saves a random Llama whose greedy choices are clear and react to its context."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=vocab,
         hidden_size=heads * head_size,
         intermediate_size=128,
         num_hidden_layers=layers,

@@ -71,7 +71,8 @@ def test_batch_file():
     assert after == {**line, "body": {"vllm_xargs": {"emphasis": '{"text": "a"}'}}}
     from vllm.entrypoints.launchers.run_batch import BatchRequestInput
 
-    upstream._apply(list(upstream.PATCHES))
+    upstream.apply()
+    upstream.apply_frontend()
     line["body"]["messages"] = [{"role": "user", "content": "a"}]
     request = BatchRequestInput.model_validate_json(json.dumps({**line, "method": "POST"}))
     assert request.body.to_sampling_params(1, {}).extra_args == {"emphasis": '{"text": "a"}'}

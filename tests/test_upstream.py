@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import start
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import plugin, upstream
@@ -16,13 +17,13 @@ LEDGER = Path(__file__).parent.parent / "patches" / "README.md"
 @pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.target)
 def test_upstream_unchanged(patch):
     """Fails when vLLM changes a wrapped function: read it again, then record its new digest."""
-    assert upstream.source_digest(patch) == patch.sha256
+    assert patch.source_digest == patch.sha256
 
 
 def test_ledger_is_complete():
     """One entry per patch, with every heading; none for what is gone."""
     text = LEDGER.read_text(encoding="utf-8")
-    entries = re.split(r"^## ", text, flags=re.M)[1:]
+    entries = re.split(r"^## ", text.partition("\n# Ledger\n")[2], flags=re.M)[1:]
     assert {entry.split("`")[1] for entry in entries} == {p.target for p in upstream.PATCHES}
     for entry in entries:
         for heading in ("why", "how", "upstream status", "can go when"):
@@ -32,9 +33,9 @@ def test_ledger_is_complete():
 def test_register_twice():
     """Idempotent: a second call wraps nothing twice."""
     plugin.register()
-    functions = [upstream._function(*upstream._locate(p)) for p in upstream.PATCHES]
+    functions = [patch.function for patch in upstream.PATCHES]
     plugin.register()
-    assert functions == [upstream._function(*upstream._locate(p)) for p in upstream.PATCHES]
+    assert functions == [patch.function for patch in upstream.PATCHES]
 
 
 def test_other_vllm_is_refused(monkeypatch):
@@ -42,6 +43,27 @@ def test_other_vllm_is_refused(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     with pytest.raises(UnsupportedError, match=r"0\.33\.1.*VLLM_PLUGINS"):
         plugin.register()
+
+
+def test_another_backend(tiny):
+    """Where another plugin takes CPU_ATTN, nothing is left unsteered in silence."""
+    from vllm import SamplingParams
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        llm = start(tiny, skip_tokenizer_init=True)
+        params = [SamplingParams(max_tokens=1, detokenize=False) for _ in range(2)]
+        prompt = {"prompt_token_ids": [5, 6, 7]}
+        assert llm.generate(prompt, params[0], use_tqdm=False)
+        params[1].extra_args = {"emphasis": {"spans": [[1, 2]], "heads": {"0": [0]}}}
+        with pytest.raises(UnsupportedError, match="attention backend"):
+            llm.generate(prompt, params[1], use_tqdm=False)
+    finally:
+        plugin.register()
+        selector._cached_get_attn_backend.cache_clear()
 
 
 def test_switched_off():

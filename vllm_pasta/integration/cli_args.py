@@ -9,9 +9,9 @@ from vllm_pasta.integration.config import DEFAULT_ALPHA, KEY
 MIDDLEWARE = "vllm_pasta.integration.http.EmphasisMiddleware"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--plugin``, ``--pasta-heads`` and ``--pasta-alpha``."""
-    group = parser.add_argument_group("vllm-pasta", "Emphasis: steered attention, per request.")
+def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--plugin``."""
+    group = parser.add_argument_group("Plugins")
     group.add_argument(
         "--plugin",
         action="append",
@@ -19,6 +19,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Require this plugin (repeatable). 'pasta' switches emphasis on.",
     )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--pasta-heads`` and ``--pasta-alpha``."""
+    group = parser.add_argument_group("vllm-pasta", "Emphasis: steered attention, per request.")
     group.add_argument(
         "--pasta-heads",
         metavar="FILE",
@@ -34,22 +39,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def merge_flags(args: argparse.Namespace, additional_config: dict[str, Any]) -> dict[str, Any]:
-    """``additional_config`` with the flags in its ``pasta`` section; flags win."""
+def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
+    """Puts what the flags say into the engine's ``additional_config``, in section ``pasta``, and
+    our middleware into the server's ``--middleware``. Flags win."""
+    middleware = getattr(args, "middleware", None)
+    if isinstance(middleware, list) and MIDDLEWARE not in middleware:
+        args.middleware = [*middleware, MIDDLEWARE]  # the app is built after the engine
     flags = {
         "heads": getattr(args, "pasta_heads", None),
         "alpha": getattr(args, "pasta_alpha", None),
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    if not given and KEY not in (getattr(args, "plugin", None) or ()):
-        return additional_config
-    return {**additional_config, KEY: {**(additional_config.get(KEY) or {}), **given}}
-
-
-def add_middleware(args: argparse.Namespace) -> None:
-    """Adds ours to ``--middleware``, where the command has that."""
-    if isinstance(getattr(args, "middleware", None), list) and MIDDLEWARE not in args.middleware:
-        args.middleware = [*args.middleware, MIDDLEWARE]
+    if given or KEY in (getattr(args, "plugin", None) or ()):
+        config = engine_args.additional_config
+        engine_args.additional_config = {**config, KEY: {**(config.get(KEY) or {}), **given}}
+        # Further API servers start from these, in processes that load plugins only after this.
+        args.additional_config = engine_args.additional_config
 
 
 def _plugin(name: str) -> str:

@@ -1,6 +1,7 @@
 """vLLM's CPU attention backend, with steering added after the plain kernel.
 
-Registered in place of ``CPU_ATTN``: the CPU platform of vLLM 0.32 takes no custom backend.
+Registered in place of ``CPU_ATTN``: the CPU platform of vLLM 0.32 takes no custom backend. Where
+one does (see ``patches/``), it is registered as ``CUSTOM``.
 """
 
 from itertools import filterfalse
@@ -79,7 +80,8 @@ class SteeredCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.steering = None
-        if self._rows is not None and (static := self._rows.plan) is not None:
+        static = None if self._rows is None else self._rows.plan_of(common_attn_metadata)
+        if static is not None:
             metadata.steering = StepPlan.build(
                 static, metadata.query_start_loc, metadata.seq_lens, metadata.block_table
             )

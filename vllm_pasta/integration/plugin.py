@@ -5,6 +5,8 @@ from vllm_pasta.errors import UnsupportedError
 SUPPORTED_VLLM = ("0.32.",)
 """Prefixes of the vLLM versions on which everything here was tested."""
 
+CPU_BACKEND = "vllm_pasta.integration.cpu_backend.SteeredCPUAttentionBackend"
+
 
 def register() -> None:
     """Registers the attention backend and applies the run-time patches. Idempotent.
@@ -22,10 +24,10 @@ def register() -> None:
         )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from vllm_pasta.integration import upstream
+    from vllm_pasta.integration import hooks, upstream
 
-    register_backend(
-        AttentionBackendEnum.CPU_ATTN,
-        "vllm_pasta.integration.cpu_backend.SteeredCPUAttentionBackend",
-    )
+    # Stock vLLM's CPU platform ignores CUSTOM, so ours takes the place of its own there.
+    custom = hooks.takes_custom_backend()
+    backend = AttentionBackendEnum.CUSTOM if custom else AttentionBackendEnum.CPU_ATTN
+    register_backend(backend, CPU_BACKEND)
     upstream.apply()

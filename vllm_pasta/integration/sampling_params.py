@@ -1,6 +1,6 @@
 """vLLM's ``SamplingParams`` and ``BeamSearchParams`` with one field more."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.sampling_params import BeamSearchParams as VllmBeamSearchParams
@@ -48,3 +48,10 @@ class BeamSearchParams(VllmBeamSearchParams):
         self.extra_args = _merged(self.extra_args, self.extra)
         self.extra = None
         super().__post_init__()
+
+
+if not TYPE_CHECKING:  # a vLLM with our diffs has these fields itself
+    if hasattr(VllmSamplingParams, "extra"):
+        SamplingParams = VllmSamplingParams
+    if hasattr(VllmBeamSearchParams, "extra"):
+        BeamSearchParams = VllmBeamSearchParams
