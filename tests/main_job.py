@@ -100,11 +100,13 @@ async def server(model, heads_file):
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.run_batch import run_batch
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     flags = []
-    for name, value in OPTIONS.items():
-        flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    for name, value in {**OPTIONS, "disable_log_stats": ()}.items():
+        if value != ():
+            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     flags += ["--served-model-name", "m", "--plugin", "pasta", "--pasta-heads", heads_file]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
     completion = {"prompt": prompt(1), "max_tokens": 13, "emphasis": EMPHASES[1]}
@@ -120,15 +122,17 @@ async def server(model, heads_file):
         "bad chat": ("chat/completions", {**chat, "emphasis": bad, "stream": True}),
         "bad response": ("responses", {**response, "emphasis": bad, "stream": True}),
     }
-    report = {}
+    report, folder = {}, Path(heads_file).parent
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions"}
+    (folder / "in.jsonl").write_text(json.dumps({**line, "body": {**options, **chat}}))
     async with build_async_engine_client(args) as engine:
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://m/v1") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://m") as client:
             for name, (path, body) in bodies.items():
-                answer = await client.post(path, json={**options, **body}, timeout=60)
+                answer = await client.post(f"/v1/{path}", json={**options, **body}, timeout=60)
                 entry = report[name] = {"status": answer.status_code}
                 if answer.status_code == 200 and not body.get("stream"):
                     choice = answer.json()["choices"][0]
@@ -136,18 +140,32 @@ async def server(model, heads_file):
                     entry["header"] = answer.headers.get("x-emphasis")
                 elif not body.get("stream") or answer.status_code != 200:
                     entry["message"] = answer.json()["error"]["message"]
+            report["metrics"] = (await client.get("/metrics")).text
+        args.input_file, args.output_file = str(folder / "in.jsonl"), str(folder / "out.jsonl")
+        args.output_tmp_dir, args.enable_metrics = None, False
+        await run_batch(engine, args)
+    (choice,) = json.loads((folder / "out.jsonl").read_text())["response"]["body"]["choices"]
+    report["batch"] = {"tokens": choice["token_ids"]}
     return report
 
 
-def only_there(llm):
-    """What stock vLLM has no field for: a beam search of width 1, which is greedy."""
-    from vllm.sampling_params import BeamSearchParams
+def beams(llm):
+    """Tokens of a beam search."""
+    from vllm_pasta import BeamSearchParams
 
-    params = BeamSearchParams(
-        beam_width=1, max_tokens=13, ignore_eos=True, extra={"emphasis": EMPHASES[1]}
-    )
+    extra = {"emphasis": EMPHASES[1]}
+    params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True, extra=extra)
     (output,) = llm.beam_search([{"prompt": prompt(1)}], params)
-    return {"beam search": output.sequences[0].tokens[-13:]}
+    return [list(beam.tokens) for beam in output.sequences]
+
+
+def connector_bases():
+    """Of what class a KV connector becomes, the names of it and its bases."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    config = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    return [cls.__qualname__ for cls in KVConnectorFactory.get_connector_class(config).__mro__]
 
 
 def main(model, heads_file, *own_tests):
@@ -158,7 +176,8 @@ def main(model, heads_file, *own_tests):
     report = {"http": asyncio.run(server(model, heads_file))}
     llm = LLM(model, **OPTIONS, additional_config=CONFIG)
     report["offline"] = offline(llm)
-    report["only there"] = only_there(llm)
+    report["beams"] = beams(llm)
+    report["connector"] = connector_bases()
     del llm
     draft = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
     llm = LLM(model, **OPTIONS, additional_config=CONFIG, speculative_config=draft)

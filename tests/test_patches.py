@@ -148,13 +148,8 @@ def test_same_tokens(report, engine, model):
     assert all(cached > 0 for _, cached in expected["again"])
     assert len(expected["refused"]) == 2
     assert expected["chat"][0][0] != expected["chat"][1][0]
-
-
-def test_beam_search(report):
-    """Width 1 is greedy; emphasis is resolved against the prompt, not the beams."""
-    http, offline = report["http"], report["offline"]
-    assert report["only there"]["beam search"] == offline["mixed"][1][0]
-    assert http["beam search"]["text"] == http["completion"]["text"]
+    assert report["beams"] == main_job.beams(llm)
+    assert report["connector"] == main_job.connector_bases()
 
 
 def test_speculative_decoding(report):
@@ -169,7 +164,9 @@ def test_server(report):
     http, offline = report["http"], report["offline"]
     assert http["completion"]["tokens"] == offline["mixed"][1][0]
     assert '"text": " Oslo"' in http["completion"]["header"]
-    assert http["chat"]["tokens"] == offline["chat"][0][0]
+    assert http["chat"]["tokens"] == http["batch"]["tokens"] == offline["chat"][0][0]
+    assert http["beam search"]["text"] == http["completion"]["text"]  # width 1 is greedy
+    assert re.search(r'^pasta_step_rows_total{kind="steered"} [1-9]', http["metrics"], flags=re.M)
     for name in ("bad completion", "bad chat", "bad response"):
         assert http[name]["status"] == 400, name
         assert "'not there' is not in the prompt" in http[name]["message"]
