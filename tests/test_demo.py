@@ -91,12 +91,14 @@ def test_real_cases(tmp_path, monkeypatch):
     def row(old, new):
         edit = {"prompt": "{} is in", "subject": "X"}
         return {
-            "requested_rewrite": {**edit, "target_true": {"str": old}, "target_new": {"str": new}}
+            "requested_rewrite": {**edit, "target_true": {"str": old}, "target_new": {"str": new}},
+            "paraphrase_prompts": [],
+            "neighborhood_prompts": [],
         }
 
     rows = [row("New York City", "New York"), row("Paris", "Rome"), row("Oslo", "Lima")]
     monkeypatch.setenv("VLLM_PASTA_DATA", str(tmp_path))
-    with pytest.raises(PastaError, match="is not there"):
+    with pytest.raises(PastaError, match="it is not in"):
         load_cases(1)
     (tmp_path / "counterfact.jsonl").write_text("\n".join(map(json.dumps, rows)))
     taken = [case for case in load_cases(1) if case.task == "counterfact"]

@@ -5,12 +5,15 @@ and CounterFact, the new of two facts emphasised.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from importlib import resources
+from itertools import islice
 
 from vllm_pasta import envs
 from vllm_pasta.errors import PastaError
+from vllm_pasta.tasks.counterfact import CounterFact, prompt_parts
+from vllm_pasta.tasks.data import find_file
+from vllm_pasta.tasks.metrics import json_objects
 
 TASKS = {"json": "valid JSON", "counterfact": "new fact answered"}
 """Tasks, and what is counted in each."""
@@ -55,14 +58,7 @@ def has_json(text: str) -> bool:
 
     An object within an unfinished one counts, as it does there.
     """
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r"\{", text):
-        try:
-            decoder.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
-            continue
-        return True
-    return False
+    return next(json_objects(text), None) is not None
 
 
 def answers_first(text: str, new: str, old: str) -> bool:
@@ -94,9 +90,8 @@ def json_case(name: str, text: str, instruction: str) -> Case:
 def counterfact_case(prompt: str, subject: str, old: str, new: str) -> Case:
     """The old fact, the new one, which is emphasised, and the beginning to be completed."""
     start = prompt.format(subject)
-    fact = f"{start} {new}"
-    prompt = f"Previously, {start} {old}. Currently, {fact}. {start}"
-    return Case("counterfact", prompt, fact, new, old)
+    before, fact, after = prompt_parts(start, old, new, start)
+    return Case("counterfact", before + fact + after, fact, new, old)
 
 
 def load_cases(counterfact: int | None) -> list[Case]:
@@ -119,21 +114,18 @@ def load_cases(counterfact: int | None) -> list[Case]:
 
 
 def _real_counterfact(count: int) -> list[Case]:
+    task = CounterFact()
     folder = envs.data_dir()
-    path = folder / "counterfact.jsonl" if folder else None
-    if path is None or not path.is_file():
+    path = find_file(task, folder)
+    if path is None:
         raise PastaError(
             "--cases takes real CounterFact cases from counterfact.jsonl in the folder that "
-            f"VLLM_PASTA_DATA names; {f'{path} is not there' if path else 'it is not set'}"
+            f"VLLM_PASTA_DATA names; {f'it is not in {folder}' if folder else 'it is not set'}"
         )
-    cases: list[Case] = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if len(cases) == count:
-                break
-            edit = json.loads(line)["requested_rewrite"]
-            old, new = edit["target_true"]["str"], edit["target_new"]["str"]
-            # Where one answer begins with the other, the new fact is found in the old one.
-            if not old.startswith(new):
-                cases.append(counterfact_case(edit["prompt"], edit["subject"], old, new))
-    return cases
+    return [
+        Case(
+            "counterfact", probe.text, probe.emphasis, example.fields["new"], example.fields["old"]
+        )
+        for example in islice(task.read(path), count)
+        for probe in task.ranking_probes(example)
+    ]

@@ -1,0 +1,238 @@
+"""Tasks: metrics on hand-made outputs, generators, public formats, splits."""
+
+import json
+import math
+import pickle
+
+import pytest
+
+from vllm_pasta import tasks
+from vllm_pasta.errors import PastaError
+from vllm_pasta.tasks.base import Answer, Task
+from vllm_pasta.tasks.data import SHARES, split_of
+from vllm_pasta.tasks.metrics import consistency, contains_value, fluency, json_objects
+
+ALL = list(tasks.BUILT_IN)
+
+
+def first(name):
+    task = tasks.load(name)
+    return task, next(iter(task.make()))
+
+
+def score(name, **answers):
+    task, example = first(name)
+    return task.score(example, answers), example.fields
+
+
+def test_counterfact_scores():
+    answers = {
+        "efficacy": Answer(logprobs=(-1.0, -3.0)),
+        "paraphrase-0": Answer(logprobs=(-1.0, -2.0)),
+        "paraphrase-1": Answer(logprobs=(-2.0, -1.0)),
+        "neighbour-0": Answer(logprobs=(-2.0, -1.0)),
+        "generation": Answer(text="one two three four"),
+    }
+    scores, _ = score("counterfact", **answers)
+    assert scores.pop("fluency") == pytest.approx((2 / 3 * math.log2(3) + 4 / 3) / 2)
+    assert scores == {"margin": 2.0, "ES": 1.0, "PS": 0.5, "NS": 1.0, "consistency": 0.0}
+    scores, _ = score("counterfact", efficacy=Answer(logprobs=(-1.0, -1.0)))
+    assert scores == {"margin": 0.0, "ES": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid", "right"),
+    [
+        ('{{"name": "{name}", "occupation": "{occupation}"}}', 1, 1),
+        ('Sure: {{"who": {{"job": "senior {occupation}"}}}} and so on', 1, 1),
+        ('{{"name": "{name}", "occupation": "astronaut"}}', 1, 0),
+        ('{{"name": "", "occupation": ""}}', 0, 0),  # the instruction's example, repeated
+        ("{occupation}", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_json_scores(answer, valid, right):
+    task, example = first("json")
+    scores = task.score(example, {"answer": Answer(text=answer.format(**example.fields))})
+    assert (scores["F.Acc"], scores["P.Acc"]) == (valid, right)
+    assert scores[task.objective] == (valid + right) / 2
+
+
+LONG = "were born by the sea and went to school in a small town far away from home"
+
+
+@pytest.mark.parametrize(
+    ("answer", "acc", "all_acc"),
+    [
+        (f"They {LONG} with their dog", 1, 1),
+        (f"They {LONG} with her dog", 1, 0),
+        (f"She {LONG}", 0, 0),
+        (f"HE {LONG}", 0, 0),
+        (f"The {LONG}", 1, 1),
+        ("They", 0, 0),
+        ("", 0, 0),  # nothing is left of the text, so no pronoun either
+    ],
+)
+def test_pronoun_scores(answer, acc, all_acc):
+    scores, _ = score("pronouns", answer=Answer(text=answer))
+    assert (scores["Acc"], scores["A.Acc"]) == (acc, all_acc)
+
+
+def test_biasbios_scores():
+    task, example = first("biasbios")
+    (probe,) = task.probes(example)
+    at = probe.choices.index(example.fields["occupation"])
+    logprobs = [-5.0] * len(probe.choices)
+    logprobs[at] = -4.0
+    assert task.score(example, {"label": Answer(logprobs=tuple(logprobs))}) == {
+        "Acc": 1.0,
+        "margin": 1.0,
+    }
+    logprobs[at - 1] = -3.0
+    assert task.score(example, {"label": Answer(logprobs=tuple(logprobs))})["Acc"] == 0.0
+
+
+def test_kv_scores():
+    task, example = first("kv")
+    (probe,) = task.probes(example)
+    assert task.score(example, {"answer": Answer(text=f" {probe.target} and")}) == {"Acc": 1.0}
+    other = next(v for k, v in example.fields["pairs"] if k != example.fields["key"])
+    assert task.score(example, {"answer": Answer(text=other)}) == {"Acc": 0.0}
+
+
+def test_measures_of_text():
+    assert fluency("") == fluency("one") == 0.0
+    assert fluency("la la la la la la la") == 0.0
+    assert fluency("a b c d e f g h") > fluency("a b a b a b a b") > 0
+    assert consistency("", "bright comets") == 0.0
+    assert consistency("comets bright", "bright comets") == pytest.approx(1.0)
+    assert 0 < consistency("bright bright bright bright", "bright comets") < 1
+    assert list(json_objects('{"a": {"b": 1}, "c": ')) == [{"b": 1}]
+    assert contains_value({"a": ["x", {"b": "a Painter"}]}, "painter")
+    assert not contains_value({"painter": 1}, "painter")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_generators(name):
+    """Enough examples, the same each time; an ideal answer scores best; emphasis is there."""
+    task = tasks.load(name)
+    examples = list(task.make())
+    assert [e.fields for e in examples] == [e.fields for e in task.make()]
+    for split, share in SHARES.items():
+        assert len(tasks.sample(task, split, 5 * share).examples) == 5 * share
+    for example in examples[:: len(examples) // 20]:
+        probes = task.probes(example)
+        asked = {probe.name for probe in probes}
+        assert len(asked) == len(probes)
+        assert {probe.name for probe in task.ranking_probes(example)} <= asked
+        ideal = {}
+        for probe in probes:
+            assert probe.emphasis.strip()
+            assert probe.text.index(probe.emphasis) >= 0
+            wanted = probe.foil if probe.name.startswith("neighbour") else probe.target
+            ideal[probe.name] = Answer(
+                text="" if probe.choices else wanted,
+                logprobs=tuple(0.0 if choice == wanted else -1.0 for choice in probe.choices),
+            )
+        scores = task.score(example, ideal)
+        assert scores.keys() >= {*task.columns, task.objective}
+        for metric in task.columns.keys() - {"fluency", "consistency"}:
+            assert scores[metric] == 1.0, metric
+
+
+def test_splits_do_not_overlap():
+    """Whatever the seed: it chooses within a split."""
+    task = tasks.load("counterfact")
+    keys = {
+        (split, seed): {e.key for e in tasks.sample(task, split, 30, seed).examples}
+        for split in SHARES
+        for seed in (0, 1)
+    }
+    for split in SHARES:
+        assert keys[split, 0] != keys[split, 1]
+        for other in SHARES.keys() - {split}:
+            assert not keys[split, 0] & (keys[other, 0] | keys[other, 1])
+    one, two = (tasks.sample(task, "train", 10, seed=3) for _ in range(2))
+    assert one == two
+    assert {split_of(e.key) for e in one.examples} == {"train"}
+    with pytest.raises(PastaError, match="expected 100000 examples of the test split"):
+        tasks.sample(task, "test", 100_000)
+
+
+ROME = {
+    "requested_rewrite": {
+        "prompt": "{} is in",
+        "subject": "X",
+        "target_new": {"str": "Rome"},
+        "target_true": {"str": "Paris"},
+    },
+    "paraphrase_prompts": ["X lies in"],
+    "neighborhood_prompts": ["Y is in"],
+}
+WIKI = {
+    "prompt": "Read the bio below.\n\nBio: ann lee -lrb- born 1950 -rrb- is an english painter . "
+    "she lives in york .",
+    "completion": "- occupation is landscape painter\n\n- name is ann lee<|endoftext|>",
+}
+BIOS = {
+    "raw": "Dr. Ann Lee is a software engineer. She lives in York.",
+    "name": ("Ann", "", "Lee"),
+    "title": "software_engineer",
+}
+
+
+def test_public_formats(tmp_path):
+    counterfact = tasks.load("counterfact")
+    (tmp_path / "counterfact.json").write_text(json.dumps([ROME]))
+    (example,) = counterfact.read(tmp_path / "counterfact.json")
+    texts = [probe.text for probe in counterfact.probes(example)]
+    shared = "Previously, X is in Paris. Currently, X is in Rome. "
+    assert texts == [shared + end for end in ("X is in", "X lies in", "Y is in", "X is in")]
+    assert counterfact.probes(example)[0].emphasis == "X is in Rome"
+
+    (tmp_path / "wiki_bios.jsonl").write_text(json.dumps(WIKI) + "\n")
+    (example,) = tasks.load("biasbios").read(tmp_path / "wiki_bios.jsonl")
+    assert example.fields == {
+        "name": "ann lee",
+        "first": "ann lee (born 1950) is an english painter.",
+        "rest": "she lives in york.",
+        "occupation": "painter",
+    }
+    (tmp_path / "BIOS.pkl").write_bytes(pickle.dumps([BIOS]))
+    (example,) = tasks.load("biasbios").read(tmp_path / "BIOS.pkl")
+    assert example.fields["occupation"] == "software engineer"
+    assert example.fields["first"] == "Dr. Ann Lee is a software engineer."
+
+    pair = {"ordered_kv_records": [["a", "1"], ["b", "2"]], "key": "b", "value": "2"}
+    (tmp_path / "kv_retrieval_75.jsonl").write_text(json.dumps(pair))
+    (example,) = tasks.load("kv").read(tmp_path / "kv_retrieval_75.jsonl")
+    assert tasks.load("kv").probes(example)[0].emphasis == '"b": "2"'
+
+
+def test_wrong_formats(tmp_path):
+    (tmp_path / "counterfact.jsonl").write_text('{"prompt": "no such thing"}\n')
+    with pytest.raises(PastaError, match=r"counterfact\.jsonl: not in the format of counterfact"):
+        tasks.sample(tasks.load("counterfact"), "train", 1, folder=tmp_path)
+    (tmp_path / "BIOS.pkl").write_bytes(pickle.dumps(print))
+    with pytest.raises(PastaError, match="expected plain data"):
+        tasks.sample(tasks.load("json"), "train", 1, folder=tmp_path)
+
+
+def test_names(monkeypatch):
+    """Other packages' tasks are found by their entry point."""
+    assert set(ALL) <= set(tasks.names())
+    with pytest.raises(PastaError, match="unknown; known are counterfact, json"):
+        tasks.load("nope")
+
+    class Mine(tasks.load("kv").__class__):
+        name = "mine"
+
+    class Entry:
+        name = "mine"
+
+        def load(self):
+            return Mine
+
+    monkeypatch.setattr(tasks, "entry_points", lambda **_: [Entry()])
+    assert "mine" in tasks.names()
+    assert isinstance(tasks.load("mine"), Task)

@@ -1,0 +1,46 @@
+"""Tasks to evaluate emphasis on and to find heads with: the paper's, and one more."""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from vllm_pasta.errors import PastaError
+from vllm_pasta.tasks.base import Answer, Example, Probe, Task
+from vllm_pasta.tasks.data import Sample, Split, sample
+
+__all__ = ["Answer", "Example", "Probe", "Sample", "Split", "Task", "load", "names", "sample"]
+
+GROUP = "vllm_pasta.tasks"
+"""Entry-point group of other packages' tasks: name -> subclass of `Task`."""
+
+BUILT_IN = {
+    "counterfact": "counterfact:CounterFact",
+    "json": "biographies:JsonFormatting",
+    "pronouns": "biographies:PronounChanging",
+    "biasbios": "biographies:BiasBios",
+    "kv": "kv_retrieval:KeyValueRetrieval",
+}
+
+
+def names() -> list[str]:
+    """The names of all tasks, ours first."""
+    return [*BUILT_IN, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(BUILT_IN))]
+
+
+def load(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        PastaError: there is none; says which there are.
+    """
+    if name in BUILT_IN:
+        module, attribute = BUILT_IN[name].split(":")
+        kind = getattr(import_module(f"{__name__}.{module}"), attribute)
+    else:
+        found = list(entry_points(group=GROUP, name=name))
+        if not found:
+            raise PastaError(f"task {name!r}: unknown; known are {', '.join(names())}")
+        kind = found[0].load()
+    task = kind()
+    if not isinstance(task, Task):
+        raise PastaError(f"task {name!r}: expected a subclass of vllm_pasta.tasks.Task, got {kind}")
+    return task
