@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vllm_pasta import demo, explain
 from vllm_pasta._version import __version__
 from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling import eval_command, profile_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,20 @@ def parser() -> argparse.ArgumentParser:
     )
     explain.add_arguments(command)
     command.set_defaults(run=explain.run)
+    command = commands.add_parser(
+        "eval",
+        help="how well a model follows emphasis: tasks × ways to emphasise",
+        description=eval_command.DESCRIPTION,
+    )
+    eval_command.add_arguments(command)
+    command.set_defaults(run=eval_command.run)
+    command = commands.add_parser(
+        "profile",
+        help="find the heads to steer",
+        description=profile_command.DESCRIPTION,
+    )
+    profile_command.add_arguments(command)
+    command.set_defaults(run=profile_command.run)
     return top
 
 

@@ -6,21 +6,21 @@ import json
 import os
 import shutil
 import sys
-import traceback
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from vllm_pasta import envs, smollm2
+from vllm_pasta import smollm2
 from vllm_pasta.demo_cases import TASKS, Case, Result, count, load_cases
-from vllm_pasta.emphasis import parse_alpha
+from vllm_pasta.engine_session import engine_session
 from vllm_pasta.errors import PastaError
 from vllm_pasta.heads import HeadSet, bundled
+from vllm_pasta.profiling.options import alpha
+from vllm_pasta.profiling.options import count as whole_number
 from vllm_pasta.terminal import (
     END,
     START,
     Phase,
     highlight,
-    output_to_file,
     printable,
     side_by_side,
     wrap,
@@ -34,8 +34,6 @@ HEADS = "smollm2-135m-instruct"
 SHORT_ANSWER_TOKENS = 12
 """Longest answer to a CounterFact case: the fact comes at once, what follows it tells nothing."""
 
-LOG_TAIL_LINES = 20
-
 KINDS = ("plain", "emphasised")
 
 
@@ -48,14 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads", help=f"head set: a file or a bundled name (default: {HEADS}, for that model)"
     )
     parser.add_argument(
-        "--alpha", type=_alpha, default=0.01, help="scale factor of the other tokens (%(default)s)"
+        "--alpha", type=alpha, default=0.01, help="scale factor of the other tokens (%(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=_count, default=64, help="longest answer, in tokens (%(default)s)"
+        "--max-tokens",
+        type=whole_number,
+        default=64,
+        help="longest answer, in tokens (%(default)s)",
     )
     parser.add_argument(
         "--cases",
-        type=_count,
+        type=whole_number,
         metavar="N",
         help="take N real CounterFact cases from $VLLM_PASTA_DATA/counterfact.jsonl",
     )
@@ -103,28 +104,8 @@ def generate(
     Raises:
         PastaError: vLLM is not there, or fails; with the end of its log.
     """
-    chosen = os.environ.get("VLLM_PLUGINS")
-    if chosen is not None and "pasta" not in chosen.split(","):
-        raise PastaError(f"VLLM_PLUGINS={chosen} leaves our plugin out: unset it, or add pasta")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the prompts are short
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    log = envs.cache_dir() / "demo.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with output_to_file(log) as terminal:
-        try:
-            return _generate(cases, heads, args, terminal)
-        except ModuleNotFoundError as e:
-            hint = "install vllm-pasta[cpu], or vllm-pasta[cuda] where there is a GPU"
-            raise PastaError(f"{e}; {hint}") from e
-        except PastaError:
-            raise
-        except Exception as e:
-            traceback.print_exc()
-            sys.stderr.flush()
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-            raise PastaError(
-                "\n".join([f"vLLM failed: {e}", *tail, f"The whole log is in {log}"])
-            ) from e
+    with engine_session("demo") as terminal:
+        return _generate(cases, heads, args, terminal)
 
 
 def _generate(
@@ -226,18 +207,3 @@ def _case_lines(number: int, result: Result, width: int, colour: bool) -> list[s
         *side_by_side((plain, emphasised), answers, width),
         "",
     ]
-
-
-def _alpha(text: str) -> float:
-    try:
-        return parse_alpha(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a finite number above 0, got {text!r}"
-        ) from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)

@@ -87,7 +87,7 @@ class HeadSet:
     def save(self, path: str | Path) -> None:
         """Writes the file in our form, provenance included."""
         heads = {str(layer): list(heads) for layer, heads in self.layers}
-        text = json.dumps({**self.provenance, "heads": heads}, indent=1, ensure_ascii=False)
+        text = _dump({**self.provenance, "heads": heads})
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     def check(self, num_layers: int, num_heads: int) -> None:
@@ -123,6 +123,15 @@ def bundled() -> dict[str, HeadSet]:
         for entry in folder.iterdir()
         if entry.name.endswith(".json")
     }
+
+
+def _dump(value: Any, indent: str = "") -> str:
+    """JSON with one line per field; lists stay on a line, for there are rankings of all heads."""
+    if not isinstance(value, Mapping) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    inner = indent + " "
+    fields = (f"{inner}{json.dumps(str(k))}: {_dump(v, inner)}" for k, v in value.items())
+    return "{\n" + ",\n".join(fields) + f"\n{indent}}}"
 
 
 def _index(value: Any, what: str) -> int:

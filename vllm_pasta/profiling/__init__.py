@@ -1,0 +1,1 @@
+"""Evaluation of emphasis and the search for heads, over vLLM's public ``LLM``."""

@@ -67,12 +67,14 @@ class Task(ABC):
         name: What the command line calls it.
         files: Names of the public data set's files; the first that is there is read.
         columns: The metrics that tables show, with their meaning. Proportions are within 0 to 1.
+        judged: The columns whose mean is the task's score, as the paper averages.
         objective: The metric by which heads are ranked; higher is better.
     """
 
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
     columns: ClassVar[Mapping[str, str]]
+    judged: ClassVar[tuple[str, ...]]
     objective: ClassVar[str]
 
     @abstractmethod

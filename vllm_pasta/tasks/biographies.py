@@ -55,6 +55,7 @@ class JsonFormatting(_Biographies):
         "P.Acc": "and the occupation is part of some value",
         **_OF_TEXT,
     }
+    judged = ("F.Acc", "P.Acc")
     objective = "F.Acc+P.Acc"
 
     def probes(self, example: Example) -> list[Probe]:
@@ -90,6 +91,7 @@ class PronounChanging(_Biographies):
         "A.Acc": "no gendered pronoun at all is left; the same",
         **_OF_TEXT,
     }
+    judged = ("Acc", "A.Acc")
     objective = "A.Acc"
 
     def read(self, path: Path) -> Iterator[Example]:
@@ -137,6 +139,7 @@ class BiasBios(_Biographies):
 
     name = "biasbios"
     columns: ClassVar = {"Acc": "of the 28 labels' first tokens, the right one is the most likely"}
+    judged = ("Acc",)
     objective = "margin"
 
     def read(self, path: Path) -> Iterator[Example]:

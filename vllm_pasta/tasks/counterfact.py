@@ -30,6 +30,7 @@ class CounterFact(Task):
         "fluency": "entropy of the answer's bigrams and trigrams",
         "consistency": "likeness of the answer to the new fact",
     }
+    judged = ("ES", "PS")
     objective = "margin"
 
     def read(self, path: Path) -> Iterator[Example]:

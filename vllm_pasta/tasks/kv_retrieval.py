@@ -26,6 +26,7 @@ class KeyValueRetrieval(Task):
         "kv-retrieval-300_keys.jsonl",
     )  # fmt: skip
     columns: ClassVar = {"Acc": "the value is in the answer"}
+    judged = ("Acc",)
     objective = "Acc"
 
     def read(self, path: Path) -> Iterator[Example]:

@@ -1,0 +1,212 @@
+"""Asks a model: one vLLM engine, every request with its own heads, alpha and emphasis."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from vllm_pasta._version import __version__
+from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling.methods import Head, Method
+from vllm_pasta.profiling.prompts import Prompt, Prompter
+from vllm_pasta.profiling.store import Store, Trial
+from vllm_pasta.tasks import Answer, Probe
+
+CHUNK = 1024
+"""Requests in one call: an interrupted run loses at most so many answers."""
+
+Shots = Callable[[Trial], Sequence[Probe]]
+
+
+def num_heads(model: str) -> tuple[int, int]:
+    """Number of layers, and of query heads in each, by the model's configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return config.num_hidden_layers, config.num_attention_heads
+
+
+def every_head(model: str) -> list[Head]:
+    """All heads of a model, in order."""
+    layers, heads = num_heads(model)
+    return [(layer, head) for layer in range(layers) for head in range(heads)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the answers depend on."""
+    found = {"vllm-pasta": __version__}
+    for package in ("vllm", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def describe(name: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What all answers of a run depend on: see `Store`."""
+    config = Path(model) / "config.json"
+    revision = sha256(config.read_bytes()).hexdigest()[:12] if config.is_file() else "hub"
+    kept = {k: v for k, v in options.items() if k in ("dtype", "quantization", "revision")}
+    return {"model": name, "config": revision, "options": kept, "versions": versions()}
+
+
+class Asker:
+    """Answers trials, from the store where it has them, else by the engine.
+
+    The engine is started when it is first needed: a run that only reads needs none.
+
+    Attributes:
+        asked: Number of answers that the engine gave.
+        seconds: Time that it took, its start not counted.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: dict[str, Any],
+        store: Store,
+        session: Callable[[], AbstractContextManager[TextIO]],
+        stop_after: float | None = None,
+        shots: Shots = lambda trial: (),
+    ) -> None:
+        """Prepares.
+
+        Args:
+            model: A model for vLLM.
+            options: Arguments of ``vllm.LLM``.
+            store: Where answers are kept.
+            session: Made and entered before the engine starts: gives the stream for progress.
+            stop_after: Seconds after which to stop asking.
+            shots: Demonstrations of a trial.
+        """
+        self._model, self._options, self._store = model, options, store
+        self._session, self._shots = session, shots
+        self._deadline = None if stop_after is None else time.monotonic() + stop_after
+        self._stack = ExitStack()
+        self._llm: Any = None
+        self._terminal: TextIO | None = None
+        self.seconds = 0.0
+        self.asked = 0
+
+    def __enter__(self) -> "Asker":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._llm = None
+        gc.collect()  # stops the engine while its last words still go to the log
+        self._stack.__exit__(*error)
+
+    def ask(self, trials: Iterable[Trial], what: str) -> list[Answer]:
+        """Answers of all trials, whose order it keeps: neighbours share cached prefixes.
+
+        Args:
+            trials: What to ask.
+            what: For the progress bar.
+
+        Raises:
+            PastaError: the time is up; the same command goes on.
+        """
+        trials = list(trials)
+        missing = list({trial.key: trial for trial in trials if trial not in self._store}.values())
+        if missing:
+            self._start()
+            from tqdm import tqdm
+
+            with tqdm(total=len(missing), desc=what, file=self._terminal, unit="req") as bar:
+                began = time.perf_counter()
+                for at in range(0, len(missing), CHUNK):
+                    if self._deadline is not None and time.monotonic() > self._deadline:
+                        raise PastaError(
+                            f"stopped after the time given: {len(missing) - at} of {len(trials)} "
+                            f"answers ({what}) are still to come. The same command goes on"
+                        )
+                    chunk = missing[at : at + CHUNK]
+                    self._store.add(zip(chunk, self._generate(chunk), strict=True))
+                    bar.update(len(chunk))
+                    self.asked += len(chunk)
+                self.seconds += time.perf_counter() - began
+        return [self._store[trial] for trial in trials]
+
+    def _start(self) -> None:
+        if self._llm is not None:
+            return
+        self._terminal = self._stack.enter_context(self._session())
+        from vllm import LLM
+
+        self._llm = LLM(self._model, **self._options)
+        self._prompter = Prompter(self._llm.get_tokenizer())
+
+    def _generate(self, trials: Sequence[Trial]) -> list[Answer]:
+        from vllm import SamplingParams
+
+        built: dict[tuple[Any, ...], Prompt] = {}
+        prompts, params = [], []
+        for trial in trials:
+            of = trial.probe.text, trial.probe.name, trial.method.mark, trial.method.shots
+            if of not in built:
+                built[of] = self._prompter.build(trial.probe, trial.method, self._shots(trial))
+            prompt = built[of]
+            prompts.append({"prompt_token_ids": prompt.ids})
+            params.append(
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=1 if prompt.choices else trial.probe.max_tokens,
+                    logprob_token_ids=prompt.choices or None,
+                    detokenize=not prompt.choices,
+                    extra_args=emphasis(prompt, trial.method),
+                )
+            )
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        answers = []
+        for param, output in zip(params, outputs, strict=True):
+            (completion,) = output.outputs
+            if param.logprob_token_ids:
+                (found,) = completion.logprobs
+                answers.append(
+                    Answer(logprobs=tuple(found[i].logprob for i in param.logprob_token_ids))
+                )
+            else:
+                answers.append(Answer(text=completion.text))
+        return answers
+
+
+def emphasis(prompt: Prompt, method: Method) -> dict[str, Any] | None:
+    """``extra_args`` of a request; None where the method does not steer."""
+    if method.heads is None:
+        return None
+    return {
+        "emphasis": {
+            "spans": [list(span) for span in prompt.spans],
+            "alpha": method.alpha,
+            "heads": {str(layer): list(heads) for layer, heads in method.heads.layers},
+        }
+    }
+
+
+def parse_options(text: str | None, eager: bool) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``: ours, which suit many short prompts, and the user's over them.
+
+    Raises:
+        PastaError: not a JSON object.
+    """
+    try:
+        given = json.loads(text or "{}")
+    except ValueError as e:
+        raise PastaError(f"--engine: expected a JSON object: {e}") from None
+    if not isinstance(given, dict):
+        raise PastaError(f"--engine: expected a JSON object, got {text!r:.80}")
+    ours = {
+        "max_num_batched_tokens": 4096,
+        "max_num_seqs": 256,
+        "gpu_memory_utilization": 0.1,  # must be free at the start; short prompts need little
+        "disable_log_stats": True,
+        "enforce_eager": eager,
+        "additional_config": {"pasta": {}},
+    }
+    return {**ours, **given}

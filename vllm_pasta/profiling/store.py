@@ -1,0 +1,107 @@
+"""Answers kept as JSON Lines while they come, so that an interrupted run goes on where it was."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling.methods import Method
+from vllm_pasta.tasks import Answer, Example, Probe
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One probe of one example, asked in one way."""
+
+    task: str
+    example: Example
+    probe: Probe
+    method: Method
+
+    @property
+    def key(self) -> str:
+        """Changes with all that the answer depends on, but for the model: see `Store`."""
+        probe = self.probe
+        asked = [probe.text, probe.emphasis, list(probe.choices)]
+        length = "" if probe.choices else f"/{probe.max_tokens}"
+        digest = sha256(json.dumps(asked).encode()).hexdigest()[:12]
+        return f"{self.task}|{digest}|{probe.name}{length}|{self.method.key}"
+
+
+class Store:
+    """A file of answers.
+
+    The first line says what all answers depend on (the model, versions); each other line is an
+    answer with its trial's key, and what people want to read beside it.
+    """
+
+    def __init__(self, path: Path, run: Mapping[str, Any], others: Iterable[Path] = ()) -> None:
+        """Opens or begins a file.
+
+        Args:
+            path: The file.
+            run: What all answers depend on.
+            others: Files of the same run's other shards, to be read too.
+
+        Raises:
+            PastaError: a file is another run's, or damaged.
+        """
+        self._path = path
+        self._run = dict(run)
+        self._answers: dict[str, Answer] = {}
+        for file in [path, *others]:
+            if file.exists() and file.stat().st_size:
+                self._load(file)
+
+    def __contains__(self, trial: Trial) -> bool:
+        return trial.key in self._answers
+
+    def __getitem__(self, trial: Trial) -> Answer:
+        return self._answers[trial.key]
+
+    def add(self, answered: Iterable[tuple[Trial, Answer]]) -> None:
+        """Appends answers to the file; what is written stays, whatever happens next."""
+        new = not self._path.exists() or not self._path.stat().st_size
+        with self._path.open("a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps({"run": self._run}) + "\n")
+            for trial, answer in answered:
+                self._answers[trial.key] = answer
+                value = {"logprobs": [round(x, 5) for x in answer.logprobs]}
+                file.write(
+                    json.dumps(
+                        {
+                            "key": trial.key,
+                            "example": trial.example.key,
+                            "method": trial.method.name,
+                            **(value if answer.logprobs else {"text": answer.text}),
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
+
+    def _load(self, path: Path) -> None:
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):  # interrupted in the middle of a line
+            data = data[: data.rfind(b"\n") + 1]
+            path.write_bytes(data)
+        lines = data.decode().splitlines()
+        try:
+            run = json.loads(lines[0])["run"] if lines else self._run
+            answers = {
+                line["key"]: Answer(line.get("text", ""), tuple(line.get("logprobs", ())))
+                for line in map(json.loads, lines[1:])
+            }
+        except (KeyError, TypeError, ValueError) as e:
+            raise PastaError(f"{path}: expected answers of an earlier run; {e!r:.120}") from e
+        for field in self._run.keys() | run.keys():
+            if run.get(field) != self._run.get(field):
+                raise PastaError(
+                    f"{path} was made with another {field} ({run.get(field)!r}, now "
+                    f"{self._run.get(field)!r}): remove it, or name another file"
+                )
+        self._answers |= answers
