@@ -4,7 +4,7 @@ import json
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -144,3 +144,11 @@ def lora_adapter(model, folder, *, seed, rank=4, scale=0.3):
     }
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return folder / "adapter", folder / "merged"
+
+
+def worded_llama(folder, texts, vocab=4096):
+    """The same with a tokenizer, trained on ``texts``: their common words are tokens."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocab, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    return tiny_llama(folder, vocab=vocab)

@@ -46,7 +46,7 @@ def test_counterfact_scores():
         ('{{"name": "{name}", "occupation": "{occupation}"}}', 1, 1),
         ('Sure: {{"who": {{"job": "senior {occupation}"}}}} and so on', 1, 1),
         ('{{"name": "{name}", "occupation": "astronaut"}}', 1, 0),
-        ('{{"name": "", "occupation": ""}}', 0, 0),  # the instruction's example, repeated
+        ('{{"name": , "occupation": ,}}', 0, 0),  # the instruction's example, repeated
         ("{occupation}", 0, 0),
         ("", 0, 0),
     ],

@@ -62,7 +62,7 @@ class JsonFormatting(_Biographies):
         name, occupation = example.fields["name"], example.fields["occupation"]
         instruction = (
             f"Answer the occupation of {name} and generate the answer as json format. Here is an "
-            'example: {"name": "", "occupation": ""}. Now generate the answer.'
+            'example: {"name": , "occupation": ,}. Now generate the answer.'
         )
         target = json.dumps({"name": name, "occupation": occupation}, ensure_ascii=False)
         before = f"{_text(example.fields)}\n\n"
@@ -70,8 +70,7 @@ class JsonFormatting(_Biographies):
 
     def score(self, example: Example, answers: Mapping[str, Answer]) -> dict[str, float]:
         text = answers["answer"].text
-        # The instruction's own example, repeated, is JSON too, but answers nothing.
-        objects = [found for found in json_objects(text) if found != {"name": "", "occupation": ""}]
+        objects = list(json_objects(text))
         valid = float(bool(objects))
         right = float(any(contains_value(o, example.fields["occupation"]) for o in objects))
         return {
