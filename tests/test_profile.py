@@ -118,7 +118,7 @@ def test_store(tmp_path):
     """What was written is there again; a cut line is not; another run's file is refused."""
     path = tmp_path / "answers.jsonl"
     Store(path, {"model": "m"}).add(
-        [(trial(), Answer("a\nb")), (trial("two"), Answer(logprobs=(-1.0, -2.0)))]
+        [(trial(), Answer("a\nb")), (trial("two"), Answer(logprobs=(-1.0, -2.0)))], seconds=1.5
     )
     with path.open("a") as file:
         file.write('{"key": "half')
@@ -128,7 +128,8 @@ def test_store(tmp_path):
     assert trial("three") not in again
     assert trial(method=methods.parse("all", 0.1, EVERY)) not in again
     again.add([(trial("three"), Answer("c"))])
-    assert Store(path, {"model": "m"})[trial("three")] == Answer("c")
+    again = Store(path, {"model": "m"})
+    assert (again[trial("three")], again.seconds, len(again)) == (Answer("c"), 1.5, 3)
     with pytest.raises(PastaError, match=r"made with another model \('m', now 'n'\)"):
         Store(path, {"model": "n"})
     path.write_text("no JSON\n")
@@ -263,6 +264,25 @@ def test_gradient_estimates(worded, oracle, prompter):
     found = torch.tensor([estimates[head] for head in EVERY])
     assert changes.abs().max() > 1e-4
     torch.testing.assert_close(found, changes, rtol=0.05, atol=2e-5)
+
+
+def test_likelihood(command, oracle, prompter):
+    """The ideal answer's log-probability is what it would be if it had been generated."""
+    import dataclasses
+
+    command("profile", "--tasks", "json", "--examples", "1", "--likelihood", "--top-k", "3")
+    profile = HeadSet.load("heads.json").provenance["profiles"]["json"]
+    (example,) = sample(load("json"), "train", 1).examples
+    (probe,) = load("json").probes(example)
+    prompt = prompter.build(dataclasses.replace(probe, likelihood=True), methods.PLAIN)
+    length = len(prompt.ids) - len(prompt.target)
+    layer, head = map(int, profile["ranking"][0].split("."))
+    steering = Steering([prompt.spans[0]], {layer: [head]}, 0.01, length)
+    for score, of in ((profile["plain"], None), (profile["scores"][0], steering)):
+        rows = oracle.prompt_logprobs(prompt.ids, of)[length - 1 : -1]
+        expected = rows[range(len(prompt.target)), prompt.target].mean()
+        assert score == pytest.approx(float(expected), abs=1e-3)
+    assert profile["scores"][0] != pytest.approx(profile["plain"], abs=1e-2)
 
 
 def test_gradient_search(command):

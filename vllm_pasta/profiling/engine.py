@@ -60,10 +60,6 @@ class Asker:
     """Answers trials, from the store where it has them, else by the engine.
 
     The engine is started when it is first needed: a run that only reads needs none.
-
-    Attributes:
-        asked: Number of answers that the engine gave.
-        seconds: Time that it took, its start not counted.
     """
 
     def __init__(
@@ -91,8 +87,6 @@ class Asker:
         self._stack = ExitStack()
         self._llm: Any = None
         self._terminal: TextIO | None = None
-        self.seconds = 0.0
-        self.asked = 0
 
     def __enter__(self) -> "Asker":
         return self
@@ -119,7 +113,6 @@ class Asker:
             from tqdm import tqdm
 
             with tqdm(total=len(missing), desc=what, file=self._terminal, unit="req") as bar:
-                began = time.perf_counter()
                 for at in range(0, len(missing), CHUNK):
                     if self._deadline is not None and time.monotonic() > self._deadline:
                         raise PastaError(
@@ -127,10 +120,10 @@ class Asker:
                             f"answers ({what}) are still to come. The same command goes on"
                         )
                     chunk = missing[at : at + CHUNK]
-                    self._store.add(zip(chunk, self._generate(chunk), strict=True))
+                    began = time.perf_counter()
+                    answers = self._generate(chunk)
+                    self._store.add(zip(chunk, answers, strict=True), time.perf_counter() - began)
                     bar.update(len(chunk))
-                    self.asked += len(chunk)
-                self.seconds += time.perf_counter() - began
         return [self._store[trial] for trial in trials]
 
     def _start(self) -> None:
@@ -146,34 +139,48 @@ class Asker:
         from vllm import SamplingParams
 
         built: dict[tuple[Any, ...], Prompt] = {}
-        prompts, params = [], []
+        prompts = []
         for trial in trials:
-            of = trial.probe.text, trial.probe.name, trial.method.mark, trial.method.shots
+            probe, method = trial.probe, trial.method
+            of = probe.text, probe.name, probe.likelihood, method.mark, method.shots
             if of not in built:
-                built[of] = self._prompter.build(trial.probe, trial.method, self._shots(trial))
-            prompt = built[of]
-            prompts.append({"prompt_token_ids": prompt.ids})
-            params.append(
-                SamplingParams(
-                    temperature=0,
-                    max_tokens=1 if prompt.choices else trial.probe.max_tokens,
-                    logprob_token_ids=prompt.choices or None,
-                    detokenize=not prompt.choices,
-                    extra_args=emphasis(prompt, trial.method),
-                )
+                built[of] = self._prompter.build(probe, method, self._shots(trial))
+            prompts.append(built[of])
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=trial.probe.max_tokens if _is_generated(trial.probe) else 1,
+                logprob_token_ids=prompt.choices or None,
+                prompt_logprobs=0 if trial.probe.likelihood else None,
+                detokenize=_is_generated(trial.probe),
+                extra_args=emphasis(prompt, trial.method),
             )
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        answers = []
-        for param, output in zip(params, outputs, strict=True):
-            (completion,) = output.outputs
-            if param.logprob_token_ids:
-                (found,) = completion.logprobs
-                answers.append(
-                    Answer(logprobs=tuple(found[i].logprob for i in param.logprob_token_ids))
-                )
-            else:
-                answers.append(Answer(text=completion.text))
-        return answers
+            for trial, prompt in zip(trials, prompts, strict=True)
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.ids} for prompt in prompts], params, use_tqdm=False
+        )
+        return [
+            _answer(trial.probe, prompt, output)
+            for trial, prompt, output in zip(trials, prompts, outputs, strict=True)
+        ]
+
+
+def _is_generated(probe: Probe) -> bool:
+    return not probe.choices and not probe.likelihood
+
+
+def _answer(probe: Probe, prompt: Prompt, output: Any) -> Answer:
+    """From vLLM's ``RequestOutput``."""
+    if probe.likelihood:
+        rows = output.prompt_logprobs[-len(prompt.target) :]
+        values = [row[i].logprob for i, row in zip(prompt.target, rows, strict=True)]
+        return Answer(logprobs=(sum(values) / len(values),))
+    (completion,) = output.outputs
+    if prompt.choices:
+        (row,) = completion.logprobs
+        return Answer(logprobs=tuple(row[i].logprob for i in prompt.choices))
+    return Answer(text=completion.text)
 
 
 def emphasis(prompt: Prompt, method: Method) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vllm_pasta.profiling.search import Pair, Ranked
 from vllm_pasta.profiling.selection import SIZES, best_size, check_not_empty, select
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Sample, Task, sample
+from vllm_pasta.tasks.base import mean
 
 DESCRIPTION = (
     "Steers every head of a model by itself, all in one vLLM engine, ranks them by what they do "
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"every head on every example, or cheaper: at most 1/{search.SAVING} of the requests "
         "(%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--likelihood", action="store_true",
+        help="rank by the log-probability of the ideal answer where a task's answers are generated:"
+        " one forward pass instead of an answer",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("heads.json"), help="(%(default)s)")
     parser.add_argument(
         "--shard", type=_shard, metavar="I/N", help="ask about part I of N only, I from 0 on"
@@ -68,17 +74,21 @@ class Profile:
 
     Attributes:
         task: The task.
-        train: The examples that heads are ranked on.
+        objective: The metric that heads are ranked by.
+        train: The examples that they are ranked on.
         plain: Mean objective without steering.
         ranking: All heads, best first.
         requests: Answers that the ranking needed, whenever they were given.
+        gradient_seconds: Time that estimates took, the model's loading included.
     """
 
     task: Task
+    objective: str
     train: Sample
     plain: float
     ranking: list[Ranked]
     requests: int
+    gradient_seconds: float
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,22 +104,18 @@ def run(args: argparse.Namespace) -> int:
     path, others = _answer_files(args.out, args.shard)
     store = Store(path, run_info, others)
     heads = every_head(model)
-    began = time.perf_counter()
     with Asker(model, engine, store, partial(engine_session, "profile"), args.stop_after) as asker:
         if args.shard:
             part, parts = args.shard
             for task in chosen:
                 examples = [i for i in range(args.examples) if i % parts == part]
-                _objectives(
-                    asker, task, samples[task.name], args.alpha,
-                    [(head, i) for i in examples for head in heads],
-                )  # fmt: skip
+                pairs = [(head, i) for i in examples for head in heads]
+                _objectives(asker, task, samples[task.name], args, pairs)
             print(f"Shard {part}/{parts} is done: {path}")
             return 0
         profiles = [
             _profile(asker, task, samples[task.name], heads, model, args) for task in chosen
         ]
-        searched = time.perf_counter() - began
         held_out = _held_out(asker, profiles, args) if args.top_k == "auto" else {}
     k = _chosen_size(held_out) if held_out else args.top_k
     sets = select(_rankings(profiles), k, args.select)
@@ -121,8 +127,9 @@ def run(args: argparse.Namespace) -> int:
         "select": args.select,
         "top_k": k,
         "requests": sum(profile.requests for profile in profiles),
-        "asked_now": asker.asked,
-        "seconds_now": round(searched, 1),
+        "answers": len(store),
+        "engine_seconds": round(store.seconds, 1),
+        "gradient_seconds": round(sum(p.gradient_seconds for p in profiles), 1),
         "seed": args.seed,
         "split": "train",
         "profiles": {profile.task.name: report.as_json(profile) for profile in profiles},
@@ -140,49 +147,68 @@ def run(args: argparse.Namespace) -> int:
 def _profile(
     asker: Asker, task: Task, train: Sample, heads: list[Head], model: str, args: Any
 ) -> Profile:
-    plain = _score(asker, task, [(PLAIN, i) for i in range(args.examples)], train)
-    asked = 0
+    plain = _score(asker, task, train, args.likelihood, [(PLAIN, i) for i in range(args.examples)])
+    asked, seconds = 0, 0.0
 
     def scorer(pairs: list[Pair]) -> list[float]:
         nonlocal asked
         asked += len(pairs)
-        return _objectives(asker, task, train, args.alpha, pairs)
+        return _objectives(asker, task, train, args, pairs)
 
     if args.search == "gradient":
+        began = time.perf_counter()
         estimates = _estimates(task, train, model, args.alpha)
+        seconds = time.perf_counter() - began
         ranking = search.gradient(heads, args.examples, scorer, estimates)
     else:
         find = search.full if args.search == "full" else search.halving
         ranking = find(heads, args.examples, scorer)
-    return Profile(task, train, sum(plain) / len(plain), ranking, asked)
+    objective = _LIKELIHOOD if args.likelihood and _is_generated(task, train) else task.objective
+    return Profile(task, objective, train, sum(plain) / len(plain), ranking, asked, seconds)
 
 
 def _objectives(
-    asker: Asker, task: Task, train: Sample, alpha: float, pairs: Sequence[Pair]
+    asker: Asker, task: Task, train: Sample, args: Any, pairs: Sequence[Pair]
 ) -> list[float]:
     """The objective where one head alone is steered, for each pair of a head and an example."""
-    methods = {
-        head: steer(f"head:{head[0]}.{head[1]}", [head], alpha) for head, _ in dict(pairs).items()
-    }
-    return _score(asker, task, [(methods[head], i) for head, i in pairs], train)
+    heads = {head for head, _ in pairs}
+    methods = {head: steer(f"head:{head[0]}.{head[1]}", [head], args.alpha) for head in heads}
+    return _score(asker, task, train, args.likelihood, [(methods[head], i) for head, i in pairs])
+
+
+_LIKELIHOOD = "log P(ideal answer)"
 
 
 def _score(
-    asker: Asker, task: Task, pairs: Sequence[tuple[Method, int]], train: Sample
+    asker: Asker,
+    task: Task,
+    train: Sample,
+    likelihood: bool,
+    pairs: Sequence[tuple[Method, int]],
 ) -> list[float]:
-    probes = [task.ranking_probes(example) for example in train.examples]
+    likelihood = likelihood and _is_generated(task, train)
+    probes = [
+        [replace(probe, likelihood=likelihood) for probe in task.ranking_probes(example)]
+        for example in train.examples
+    ]
     trials = [
         Trial(task.name, train.examples[i], probe, method)
         for method, i in pairs
         for probe in probes[i]
     ]
     answers = iter(asker.ask(trials, task.name))
-    return [
-        task.score(train.examples[i], {probe.name: next(answers) for probe in probes[i]})[
-            task.objective
-        ]
-        for _, i in pairs
-    ]
+    scores = []
+    for _, i in pairs:
+        of = {probe.name: next(answers) for probe in probes[i]}
+        if likelihood:
+            scores.append(mean([answer.logprobs[0] for answer in of.values()]))
+        else:
+            scores.append(task.score(train.examples[i], of)[task.objective])
+    return scores
+
+
+def _is_generated(task: Task, train: Sample) -> bool:
+    return not any(p.choices for e in train.examples for p in task.ranking_probes(e))
 
 
 def _estimates(task: Task, train: Sample, model: str, alpha: float) -> dict[Head, float]:

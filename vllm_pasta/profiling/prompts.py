@@ -16,7 +16,7 @@ class Prompt:
     """A probe as the model sees it.
 
     Attributes:
-        ids: The prompt's token ids.
+        ids: The prompt's token ids; for a likelihood, the target's after them.
         spans: Emphasised token ranges.
         choices: The first token of each choice; none where an answer is generated.
         target: Token ids of the ideal answer.
@@ -75,13 +75,12 @@ class Prompter:
                 raise PastaError(f"the tokens of {words!r} merge with those of {question[-40:]!r}")
             return whole[len(ids) :]
 
-        return Prompt(
-            ids,
-            (spans,),
-            [answer(choice)[0] for choice in probe.choices],
-            answer(probe.target),
-            answer(probe.foil),
-        )
+        target = answer(probe.target)
+        if probe.likelihood:
+            # As if it had been generated: generated tokens are never scaled, nor are these.
+            return Prompt(ids + target, (spans, (len(ids), len(ids) + len(target))), [], target, [])
+        choices = [answer(choice)[0] for choice in probe.choices]
+        return Prompt(ids, (spans,), choices, target, answer(probe.foil))
 
     def _encode(self, text: str, chat: bool) -> Any:
         # A chat template writes the special tokens itself.

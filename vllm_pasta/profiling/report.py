@@ -24,7 +24,7 @@ def as_json(profile: "Profile") -> dict[str, Any]:
     """One task's part of a head set's provenance."""
     train = profile.train
     return {
-        "objective": profile.task.objective,
+        "objective": profile.objective,
         "data": {
             "source": train.source,
             "digest": train.digest,
@@ -64,8 +64,9 @@ def write(
     parts = [
         f"# Heads of {info['model']}",
         f"Search {info['search']}, α {info['alpha']:g}, examples: {tasks}; {info['requests']} "
-        f"requests rank the heads. This run gave {info['asked_now']} answers in "
-        f"{info['seconds_now']:.0f} s, the engine's start included.",
+        f"requests rank the heads. The {info['answers']} answers behind this report took "
+        f"{info['engine_seconds'] / 60:.1f} minutes, gradients {info['gradient_seconds']:.0f} s; "
+        "engine starts are not counted.",
     ]
     for task, heads in sets.items():
         of = f"for {task}" if task else f"({info['select']})"
@@ -90,7 +91,7 @@ def write(
 
 
 def _best(profile: "Profile") -> str:
-    rows = [["head", profile.task.objective, "change", "examples"]]
+    rows = [["head", profile.objective, "change", "examples"]]
     for ranked in profile.ranking[:SHOWN]:
         known = ranked.score is not None
         rows.append(
@@ -152,7 +153,7 @@ def heat_map(path: Path, profiles: Sequence["Profile"], info: Mapping[str, Any])
         grid = [[changes[layer, head] for head in range(heads)] for layer in range(layers)]
         limit = max(abs(value) for value in changes.values()) or 1.0
         image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_title(f"{profile.task.name}: change of {profile.task.objective}", fontsize=9)
+        axis.set_title(f"{profile.task.name}: change of {profile.objective}", fontsize=9)
         axis.set_xlabel("query head")
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis, shrink=0.8)

@@ -27,6 +27,9 @@ class Trial:
         probe = self.probe
         asked = [probe.text, probe.emphasis, list(probe.choices)]
         length = "" if probe.choices else f"/{probe.max_tokens}"
+        if probe.likelihood:
+            asked.append(probe.target)
+            length = "/likelihood"
         digest = sha256(json.dumps(asked).encode()).hexdigest()[:12]
         return f"{self.task}|{digest}|{probe.name}{length}|{self.method.key}"
 
@@ -35,7 +38,11 @@ class Store:
     """A file of answers.
 
     The first line says what all answers depend on (the model, versions); each other line is an
-    answer with its trial's key, and what people want to read beside it.
+    answer with its trial's key, and what people want to read beside it, or says how long the
+    answers before it took.
+
+    Attributes:
+        seconds: Time that all answers took, whenever they were given; engine starts not counted.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], others: Iterable[Path] = ()) -> None:
@@ -52,6 +59,7 @@ class Store:
         self._path = path
         self._run = dict(run)
         self._answers: dict[str, Answer] = {}
+        self.seconds = 0.0
         for file in [path, *others]:
             if file.exists() and file.stat().st_size:
                 self._load(file)
@@ -62,8 +70,12 @@ class Store:
     def __getitem__(self, trial: Trial) -> Answer:
         return self._answers[trial.key]
 
-    def add(self, answered: Iterable[tuple[Trial, Answer]]) -> None:
-        """Appends answers to the file; what is written stays, whatever happens next."""
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def add(self, answered: Iterable[tuple[Trial, Answer]], seconds: float = 0.0) -> None:
+        """Appends answers to the file, and the time they took; what is written stays."""
+        self.seconds += seconds
         new = not self._path.exists() or not self._path.stat().st_size
         with self._path.open("a", encoding="utf-8") as file:
             if new:
@@ -83,6 +95,7 @@ class Store:
                     )
                     + "\n"
                 )
+            file.write(json.dumps({"seconds": round(seconds, 3)}) + "\n")
 
     def _load(self, path: Path) -> None:
         data = path.read_bytes()
@@ -92,9 +105,12 @@ class Store:
         lines = data.decode().splitlines()
         try:
             run = json.loads(lines[0])["run"] if lines else self._run
+            rest = [json.loads(line) for line in lines[1:]]
+            seconds = sum(line["seconds"] for line in rest if "seconds" in line)
             answers = {
                 line["key"]: Answer(line.get("text", ""), tuple(line.get("logprobs", ())))
-                for line in map(json.loads, lines[1:])
+                for line in rest
+                if "seconds" not in line
             }
         except (KeyError, TypeError, ValueError) as e:
             raise PastaError(f"{path}: expected answers of an earlier run; {e!r:.120}") from e
@@ -105,3 +121,4 @@ class Store:
                     f"{self._run.get(field)!r}): remove it, or name another file"
                 )
         self._answers |= answers
+        self.seconds += seconds

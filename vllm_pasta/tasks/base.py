@@ -34,6 +34,7 @@ class Probe:
         choices: Answers to compare by the log-probability of each one's first token. Empty means
             that an answer is generated.
         max_tokens: Longest generated answer.
+        likelihood: Whether to ask for the log-probability of ``target`` instead of an answer.
         chat: Whether the prompt goes into the chat template, where the model has one.
     """
 
@@ -45,6 +46,7 @@ class Probe:
     foil: str = ""
     choices: tuple[str, ...] = ()
     max_tokens: int = 64
+    likelihood: bool = False
     chat: bool = False
 
     @property
@@ -54,7 +56,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered to a probe: ``text``, or one of ``logprobs`` per choice."""
+    """What the model answered to a probe: ``text``; or ``logprobs``, one per choice.
+
+    For a likelihood, the one of ``logprobs`` is the mean over the target's tokens.
+    """
 
     text: str = ""
     logprobs: tuple[float, ...] = ()
