@@ -9,7 +9,7 @@ STAMP := $(VENV)/.set-up
 PINNED := requirements/install-cpu.sh requirements/cpu.txt \
 	requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench heads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -31,6 +31,15 @@ test: check ## linters, type checker, tests
 bench: $(STAMP) ## all benchmarks, against plain vLLM, with plots (an hour; BENCH=--short: minutes)
 	$(VENV)/bin/pip install --quiet matplotlib
 	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+# Resumable: what was answered stays in heads/. VLLM_PASTA_DATA names the folder of CounterFact.
+heads: $(STAMP) ## find SmolLM2's heads for CounterFact, and the README's table (half an hour)
+	$(VENV)/bin/pip install --quiet matplotlib
+	mkdir -p heads
+	$(VENV)/bin/vllm-pasta profile --tasks counterfact --top-k auto --out heads/counterfact.json
+	$(VENV)/bin/vllm-pasta eval --tasks counterfact --examples 500 --generations 100 \
+		--methods zero-shot,starred,quoted,few-shot,all,layers:20-24,heads/counterfact.json \
+		--head-counts 1,3,8,12,20,50,100 --out heads/eval.jsonl --plots heads/eval.png --markdown
 
 check: $(STAMP) ## linters and type checker
 	$(VENV)/bin/ruff check .

@@ -213,7 +213,9 @@ def test_interrupted_and_sharded(command, monkeypatch):
     command("profile", *arguments, "--out", "cut.json")
     assert sum(asked[:2] + asked[3:]) == 3 + 48  # the plain model's, and each head's, once
     for part in ("0/2", "1/2"):
+        asked.clear()
         command("profile", *arguments, "--out", "parts.json", "--shard", part)
+        assert sum(asked) == {"0/2": 32, "1/2": 16}[part]  # of three examples: two, one
     asked.clear()
     command("profile", *arguments, "--out", "parts.json")
     assert asked == [3]  # the plain model's alone
@@ -328,5 +330,5 @@ def test_counts_of_a_profiles_heads(command):
         "eval", "--examples", "2", "--methods", "heads.json", "--head-counts", "1,2"
     ).out
     assert [line.split("  ")[0] for line in printed.splitlines()[1:]] == [
-        "heads.json", "top 1", "top 2"
+        "heads.json", "heads.json: top 1", "heads.json: top 2"
     ]  # fmt: skip

@@ -117,7 +117,10 @@ def _by_count(method: Method, counts: list[int]) -> list[Method]:
     heads = [(int(layer), int(head)) for layer, _, head in (n.partition(".") for n in order)]
     if max(counts) > len(heads):
         raise PastaError(f"--head-counts: this model has {len(heads)} heads, got {max(counts)}")
-    return [methods.steer(f"top {count}", heads[:count], method.alpha) for count in counts]
+    return [
+        methods.steer(f"{method.name}: top {count}", heads[:count], method.alpha)
+        for count in counts
+    ]
 
 
 def _shots(chosen: list[Task], data: Path | None) -> dict[str, list[Probe]]:

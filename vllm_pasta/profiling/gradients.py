@@ -104,8 +104,10 @@ class GradientModel:
         recorder = _Recorder(bias, self._config.num_hidden_layers, self._config.num_attention_heads)
         _current = recorder
         try:
-            logits = self._model(input_ids=torch.tensor([prompt.ids + target[:-1]])).logits[0]
-            logprobs = logits[length - 1 :].log_softmax(-1)
+            logits = self._model(
+                input_ids=torch.tensor([prompt.ids + target[:-1]]), logits_to_keep=len(target)
+            ).logits[0]
+            logprobs = logits.log_softmax(-1)
             objective = logprobs[range(len(target)), target].mean()
             if foil:
                 objective = objective - logprobs[0, foil[0]]

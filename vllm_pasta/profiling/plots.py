@@ -28,7 +28,7 @@ def draw(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -> 
         bars.barh([row.method.name for row in of], [100 * row.score for row in of])
         bars.invert_yaxis()
         bars.set_xlabel(f"{task.name}: mean of {', '.join(task.judged)} (%)")
-        counted = [r for r in of if re.match(r"top \d+", r.method.name) and r.method.heads]
+        counted = [r for r in of if re.search(r": top \d+", r.method.name) and r.method.heads]
         _curve(sizes, "number of heads", [(len(r.method.heads or ()), r) for r in counted])
         swept = [r for r in of if "α=" in r.method.name and r not in counted]
         _curve(alphas, "α", [(r.method.alpha, r) for r in swept])
