@@ -10,6 +10,7 @@ FULL = (
     ["benchmarks.kernel", "--layers", "30"],
     ["benchmarks.throughput", "--runs", "5", "--sweep-runs", "2", "--reference"],
     ["benchmarks.serving", "--runs", "3"],
+    ["benchmarks.profiling"],
 )
 SHORT = (["benchmarks.throughput", "--workloads", "plain", "steered", "--runs", "2"],)
 

@@ -287,8 +287,12 @@ def test_likelihood(command, oracle, prompter):
     assert profile["scores"][0] != pytest.approx(profile["plain"], abs=1e-2)
 
 
-def test_gradient_search(command):
-    command("profile", "--examples", "2", "--search", "gradient", "--top-k", "3")
+def test_gradient_search(command, monkeypatch):
+    arguments = ("--examples", "2", "--search", "gradient", "--top-k")
+    command("profile", *arguments, "2")
+    with monkeypatch.context() as patch:
+        patch.delattr("vllm_pasta.profiling.gradients.GradientModel")  # estimates are kept
+        command("profile", *arguments, "3")
     ranking = HeadSet.load("heads.json").provenance["profiles"]["counterfact"]
     assert len(ranking["estimates"]) == len(ranking["ranking"]) == 16
     assert ranking["scores"][0] is not None

@@ -2,10 +2,7 @@
 
 import argparse
 import re
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,10 @@ from vllm_pasta.profiling import options, report, search
 from vllm_pasta.profiling.engine import Asker, describe, every_head, parse_options
 from vllm_pasta.profiling.evaluation import Row, evaluate
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, head_set, steer
-from vllm_pasta.profiling.search import Pair, Ranked
+from vllm_pasta.profiling.ranking import Profile, Ranker
 from vllm_pasta.profiling.selection import SIZES, best_size, check_not_empty, select
-from vllm_pasta.profiling.store import Store, Trial
-from vllm_pasta.tasks import Sample, Task, sample
-from vllm_pasta.tasks.base import mean
+from vllm_pasta.profiling.store import Store
+from vllm_pasta.tasks import sample
 
 DESCRIPTION = (
     "Steers every head of a model by itself, all in one vLLM engine, ranks them by what they do "
@@ -68,29 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One task's part of a profile.
-
-    Attributes:
-        task: The task.
-        objective: The metric that heads are ranked by.
-        train: The examples that they are ranked on.
-        plain: Mean objective without steering.
-        ranking: All heads, best first.
-        requests: Answers that the ranking needed, whenever they were given.
-        gradient_seconds: Time that estimates took, the model's loading included.
-    """
-
-    task: Task
-    objective: str
-    train: Sample
-    plain: float
-    ranking: list[Ranked]
-    requests: int
-    gradient_seconds: float
-
-
 def run(args: argparse.Namespace) -> int:
     """Profiles: progress on stderr, the report on stdout."""
     chosen = [tasks.load(name) for name in args.tasks]
@@ -105,17 +78,18 @@ def run(args: argparse.Namespace) -> int:
     store = Store(path, run_info, others)
     heads = every_head(model)
     with Asker(model, engine, store, partial(engine_session, "profile"), args.stop_after) as asker:
+        rankers = {
+            task.name: Ranker(asker, store, task, samples[task.name], args.alpha, args.likelihood)
+            for task in chosen
+        }
         if args.shard:
             part, parts = args.shard
-            for task in chosen:
-                examples = [i for i in range(args.examples) if i % parts == part]
-                pairs = [(head, i) for i in examples for head in heads]
-                _objectives(asker, task, samples[task.name], args, pairs)
+            mine = [(head, i) for i in range(args.examples) if i % parts == part for head in heads]
+            for ranker in rankers.values():
+                ranker.score(mine)
             print(f"Shard {part}/{parts} is done: {path}")
             return 0
-        profiles = [
-            _profile(asker, task, samples[task.name], heads, model, args) for task in chosen
-        ]
+        profiles = [ranker.profile(heads, args.search, model) for ranker in rankers.values()]
         held_out = _held_out(asker, profiles, args) if args.top_k == "auto" else {}
     k = _chosen_size(held_out) if held_out else args.top_k
     sets = select(_rankings(profiles), k, args.select)
@@ -142,89 +116,6 @@ def run(args: argparse.Namespace) -> int:
     text = report.write(args.out, info, profiles, sets, held_out, compared)
     print(text)
     return 0
-
-
-def _profile(
-    asker: Asker, task: Task, train: Sample, heads: list[Head], model: str, args: Any
-) -> Profile:
-    plain = _score(asker, task, train, args.likelihood, [(PLAIN, i) for i in range(args.examples)])
-    asked, seconds = 0, 0.0
-
-    def scorer(pairs: list[Pair]) -> list[float]:
-        nonlocal asked
-        asked += len(pairs)
-        return _objectives(asker, task, train, args, pairs)
-
-    if args.search == "gradient":
-        began = time.perf_counter()
-        estimates = _estimates(task, train, model, args.alpha)
-        seconds = time.perf_counter() - began
-        ranking = search.gradient(heads, args.examples, scorer, estimates)
-    else:
-        find = search.full if args.search == "full" else search.halving
-        ranking = find(heads, args.examples, scorer)
-    objective = _LIKELIHOOD if args.likelihood and _is_generated(task, train) else task.objective
-    return Profile(task, objective, train, sum(plain) / len(plain), ranking, asked, seconds)
-
-
-def _objectives(
-    asker: Asker, task: Task, train: Sample, args: Any, pairs: Sequence[Pair]
-) -> list[float]:
-    """The objective where one head alone is steered, for each pair of a head and an example."""
-    heads = {head for head, _ in pairs}
-    methods = {head: steer(f"head:{head[0]}.{head[1]}", [head], args.alpha) for head in heads}
-    return _score(asker, task, train, args.likelihood, [(methods[head], i) for head, i in pairs])
-
-
-_LIKELIHOOD = "log P(ideal answer)"
-
-
-def _score(
-    asker: Asker,
-    task: Task,
-    train: Sample,
-    likelihood: bool,
-    pairs: Sequence[tuple[Method, int]],
-) -> list[float]:
-    likelihood = likelihood and _is_generated(task, train)
-    probes = [
-        [replace(probe, likelihood=likelihood) for probe in task.ranking_probes(example)]
-        for example in train.examples
-    ]
-    trials = [
-        Trial(task.name, train.examples[i], probe, method)
-        for method, i in pairs
-        for probe in probes[i]
-    ]
-    answers = iter(asker.ask(trials, task.name))
-    scores = []
-    for _, i in pairs:
-        of = {probe.name: next(answers) for probe in probes[i]}
-        if likelihood:
-            scores.append(mean([answer.logprobs[0] for answer in of.values()]))
-        else:
-            scores.append(task.score(train.examples[i], of)[task.objective])
-    return scores
-
-
-def _is_generated(task: Task, train: Sample) -> bool:
-    return not any(p.choices for e in train.examples for p in task.ranking_probes(e))
-
-
-def _estimates(task: Task, train: Sample, model: str, alpha: float) -> dict[Head, float]:
-    from transformers import AutoTokenizer
-
-    from vllm_pasta.profiling.gradients import GradientModel
-    from vllm_pasta.profiling.prompts import Prompter
-
-    prompter = Prompter(AutoTokenizer.from_pretrained(model))
-    prompts = [
-        prompter.build(probe, PLAIN)
-        for example in train.examples
-        for probe in task.ranking_probes(example)
-    ]
-    print(f"Gradients of {task.name} on transformers: {len(prompts)} passes", file=sys.stderr)
-    return GradientModel(model).estimate(prompts, alpha)
 
 
 def _rankings(profiles: Sequence[Profile]) -> dict[str, list[Head]]:

@@ -1,16 +1,15 @@
 """What a profile found: provenance for the head set, a Markdown report, heat maps."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_pasta.profiling import tables
 from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.methods import Head
+from vllm_pasta.profiling.ranking import Profile
 from vllm_pasta.profiling.statistics import overlap, rank_correlation
-
-if TYPE_CHECKING:
-    from vllm_pasta.profiling.profile_command import Profile
 
 SHOWN = 20
 
@@ -20,7 +19,7 @@ def name(head: Head) -> str:
     return f"{head[0]}.{head[1]}"
 
 
-def as_json(profile: "Profile") -> dict[str, Any]:
+def as_json(profile: Profile) -> dict[str, Any]:
     """One task's part of a head set's provenance."""
     train = profile.train
     return {
@@ -42,7 +41,7 @@ def as_json(profile: "Profile") -> dict[str, Any]:
     }
 
 
-def comparison(profile: "Profile", theirs: Sequence[str], k: int) -> str:
+def comparison(profile: Profile, theirs: Sequence[str], k: int) -> str:
     """How much of another ranking this one keeps."""
     ours = [name(ranked.head) for ranked in profile.ranking]
     return (
@@ -54,7 +53,7 @@ def comparison(profile: "Profile", theirs: Sequence[str], k: int) -> str:
 def write(
     out: Path,
     info: Mapping[str, Any],
-    profiles: Sequence["Profile"],
+    profiles: Sequence[Profile],
     sets: Mapping[str, Sequence[Head]],
     held_out: Mapping[int, Sequence[Row]],
     compared: str,
@@ -90,7 +89,7 @@ def write(
     return text
 
 
-def _best(profile: "Profile") -> str:
+def _best(profile: Profile) -> str:
     rows = [["head", profile.objective, "change", "examples"]]
     for ranked in profile.ranking[:SHOWN]:
         known = ranked.score is not None
@@ -108,7 +107,7 @@ def _best(profile: "Profile") -> str:
     )
 
 
-def _sizes(profiles: Sequence["Profile"], held_out: Mapping[int, Sequence[Row]]) -> str:
+def _sizes(profiles: Sequence[Profile], held_out: Mapping[int, Sequence[Row]]) -> str:
     chosen = [p.task for p in profiles]
     heading: list[str] = []
     lines = []
@@ -121,12 +120,10 @@ def _sizes(profiles: Sequence["Profile"], held_out: Mapping[int, Sequence[Row]])
 
 def _renamed(row: Row) -> Row:
     """Tasks may have sets of their own, but stand in one line."""
-    from dataclasses import replace
-
     return replace(row, method=replace(row.method, name="size"))
 
 
-def heat_map(path: Path, profiles: Sequence["Profile"], info: Mapping[str, Any]) -> bool:
+def heat_map(path: Path, profiles: Sequence[Profile], info: Mapping[str, Any]) -> bool:
     """Draws layer × head for each task: the change of its objective by steering that head alone.
 
     Heads that were not asked about show the gradient's estimate.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.methods import Method
@@ -39,9 +39,10 @@ class Store:
 
     The first line says what all answers depend on (the model, versions); each other line is an
     answer with its trial's key, and what people want to read beside it, or says how long the
-    answers before it took.
+    answers before it took, or is a note: a value that was costly too.
 
     Attributes:
+        notes: Notes by name; `note` adds one.
         seconds: Time that all answers took, whenever they were given; engine starts not counted.
     """
 
@@ -59,6 +60,7 @@ class Store:
         self._path = path
         self._run = dict(run)
         self._answers: dict[str, Answer] = {}
+        self.notes: dict[str, Any] = {}
         self.seconds = 0.0
         for file in [path, *others]:
             if file.exists() and file.stat().st_size:
@@ -76,10 +78,7 @@ class Store:
     def add(self, answered: Iterable[tuple[Trial, Answer]], seconds: float = 0.0) -> None:
         """Appends answers to the file, and the time they took; what is written stays."""
         self.seconds += seconds
-        new = not self._path.exists() or not self._path.stat().st_size
-        with self._path.open("a", encoding="utf-8") as file:
-            if new:
-                file.write(json.dumps({"run": self._run}) + "\n")
+        with self._appending() as file:
             for trial, answer in answered:
                 self._answers[trial.key] = answer
                 value = {"logprobs": [round(x, 5) for x in answer.logprobs]}
@@ -97,6 +96,19 @@ class Store:
                 )
             file.write(json.dumps({"seconds": round(seconds, 3)}) + "\n")
 
+    def note(self, name: str, value: Any) -> None:
+        """Keeps a JSON value."""
+        self.notes[name] = value
+        with self._appending() as file:
+            file.write(json.dumps({"note": name, "value": value}) + "\n")
+
+    def _appending(self) -> TextIO:
+        new = not self._path.exists() or not self._path.stat().st_size
+        file = self._path.open("a", encoding="utf-8")
+        if new:
+            file.write(json.dumps({"run": self._run}) + "\n")
+        return file
+
     def _load(self, path: Path) -> None:
         data = path.read_bytes()
         if not data.endswith(b"\n"):  # interrupted in the middle of a line
@@ -110,8 +122,9 @@ class Store:
             answers = {
                 line["key"]: Answer(line.get("text", ""), tuple(line.get("logprobs", ())))
                 for line in rest
-                if "seconds" not in line
+                if "key" in line
             }
+            notes = {line["note"]: line["value"] for line in rest if "note" in line}
         except (KeyError, TypeError, ValueError) as e:
             raise PastaError(f"{path}: expected answers of an earlier run; {e!r:.120}") from e
         for field in self._run.keys() | run.keys():
@@ -121,4 +134,5 @@ class Store:
                     f"{self._run.get(field)!r}): remove it, or name another file"
                 )
         self._answers |= answers
+        self.notes |= notes
         self.seconds += seconds

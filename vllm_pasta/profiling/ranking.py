@@ -1,0 +1,134 @@
+"""Ranks a model's heads for one task: what each alone does to the task's objective."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vllm_pasta.profiling import search
+from vllm_pasta.profiling.engine import Asker
+from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
+from vllm_pasta.profiling.search import Pair, Ranked
+from vllm_pasta.profiling.store import Store, Trial
+from vllm_pasta.tasks import Sample, Task
+from vllm_pasta.tasks.base import mean
+
+Search = Literal["full", "halving", "gradient"]
+
+LIKELIHOOD = "log P(ideal answer)"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One task's part of a profile.
+
+    Attributes:
+        task: The task.
+        objective: The metric that heads are ranked by.
+        train: The examples that they are ranked on.
+        plain: Mean objective without steering.
+        ranking: All heads, best first.
+        requests: Answers that the ranking needed, whenever they were given.
+        gradient_seconds: Time that estimates took, the model's loading included.
+    """
+
+    task: Task
+    objective: str
+    train: Sample
+    plain: float
+    ranking: list[Ranked]
+    requests: int
+    gradient_seconds: float
+
+
+class Ranker:
+    """Ranks heads for one task."""
+
+    def __init__(
+        self, asker: Asker, store: Store, task: Task, train: Sample, alpha: float, likelihood: bool
+    ) -> None:
+        """Prepares.
+
+        Args:
+            asker: Asks the model.
+            store: Where estimates are kept.
+            task: For what.
+            train: On which examples.
+            alpha: Scale factor.
+            likelihood: Where answers would be generated, rank by the ideal answer's
+                log-probability.
+        """
+        self._asker, self._store = asker, store
+        self._task, self._train, self._alpha = task, train, alpha
+        probes = [task.ranking_probes(example) for example in train.examples]
+        generated = not any(probe.choices for of in probes for probe in of)
+        self._likelihood = likelihood and generated
+        self._probes = [[replace(p, likelihood=self._likelihood) for p in of] for of in probes]
+        self._asked = 0
+
+    def profile(self, heads: Sequence[Head], kind: Search, model: str) -> Profile:
+        """Ranks all heads.
+
+        Args:
+            heads: All heads of the model.
+            kind: Which search.
+            model: The model's name or folder, for gradients on transformers.
+        """
+        examples = len(self._train.examples)
+        plain = mean(self._scores([(PLAIN, i) for i in range(examples)]))
+        seconds = 0.0
+        if kind == "gradient":
+            estimates, seconds = self._estimates(model)
+            ranking = search.gradient(heads, examples, self.score, estimates)
+        else:
+            find = search.full if kind == "full" else search.halving
+            ranking = find(heads, examples, self.score)
+        objective = LIKELIHOOD if self._likelihood else self._task.objective
+        return Profile(self._task, objective, self._train, plain, ranking, self._asked, seconds)
+
+    def score(self, pairs: list[Pair]) -> list[float]:
+        """The objective where one head alone is steered, for each pair of a head and an example."""
+        self._asked += len(pairs)
+        heads = {head for head, _ in pairs}
+        methods = {head: steer(f"head:{head[0]}.{head[1]}", [head], self._alpha) for head in heads}
+        return self._scores([(methods[head], i) for head, i in pairs])
+
+    def _scores(self, pairs: Sequence[tuple[Method, int]]) -> list[float]:
+        task, examples = self._task, self._train.examples
+        trials = [
+            Trial(task.name, examples[i], probe, method)
+            for method, i in pairs
+            for probe in self._probes[i]
+        ]
+        answers = iter(self._asker.ask(trials, task.name))
+        scores = []
+        for _, i in pairs:
+            of = {probe.name: next(answers) for probe in self._probes[i]}
+            if self._likelihood:
+                scores.append(mean([answer.logprobs[0] for answer in of.values()]))
+            else:
+                scores.append(task.score(examples[i], of)[task.objective])
+        return scores
+
+    def _estimates(self, model: str) -> tuple[dict[Head, float], float]:
+        """By gradients, and the seconds they took, now or in an earlier run."""
+        note = f"gradient|{self._task.name}|{self._train.digest}|{self._alpha:g}"
+        if note not in self._store.notes:
+            from transformers import AutoTokenizer
+
+            from vllm_pasta.profiling.gradients import GradientModel
+            from vllm_pasta.profiling.prompts import Prompter
+
+            began = time.perf_counter()
+            prompter = Prompter(AutoTokenizer.from_pretrained(model))
+            probes = [probe for e in self._train.examples for probe in self._task.ranking_probes(e)]
+            say = f"Gradients of {self._task.name} on transformers: {len(probes)} passes"
+            print(say, file=sys.stderr)
+            prompts = [prompter.build(probe, PLAIN) for probe in probes]
+            found = GradientModel(model).estimate(prompts, self._alpha)
+            seconds = time.perf_counter() - began
+            estimates = [[*head, value] for head, value in found.items()]
+            self._store.note(note, {"seconds": seconds, "estimates": estimates})
+        kept = self._store.notes[note]
+        return {(layer, head): value for layer, head, value in kept["estimates"]}, kept["seconds"]
