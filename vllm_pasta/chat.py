@@ -138,7 +138,7 @@ def take_out(text: str, opening: str, closings: str) -> tuple[str, list[Range]]:
     enclosed: list[Range] = []
     opened: list[int] = []
     length = 0
-    for piece in re.split(f"([{opening}{closings}])", text):
+    for piece in re.split(f"([{re.escape(opening + closings)}])", text):
         if piece == opening:
             opened.append(length)
         elif len(piece) == 1 and piece in closings:
