@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -81,20 +82,32 @@ def test_batch_file():
     assert rewrite_batch_line("{") == "{"
 
 
-@pytest.mark.parametrize("depth", [100, 300, 480, 900, 990, 5000])
-def test_deeply_nested(depth):
-    """Refused or left to vLLM, at whatever depth Python gives up."""
-    body = b'{"emphasis": %s1%s}' % (b"[" * depth, b"]" * depth)
-    try:
-        rewritten_body, _ = rewrite(body)
-    except EmphasisError:
-        return
-    if rewritten_body == body:
-        with pytest.raises(RecursionError):
-            json.loads(body)
-    else:
+@pytest.mark.parametrize("brackets", [("[", "]"), ('{"text":', "}")])
+def test_deeply_nested(brackets):
+    """Refused or left to vLLM, at whatever depth Python gives up: reading, writing or showing."""
+    opening, closing = brackets
+    outcomes = set()
+    for depth in (100, *range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()), 5000):
+        body = f'{{"emphasis": {opening * depth}1{closing * depth}}}'.encode()
+        try:
+            carried, _ = rewrite(body)
+        except EmphasisError:
+            outcomes.add("refused here")
+            continue
+        if carried == body:
+            outcomes.add("left to vLLM")
+            continue
+        outcomes.add("refused at admission")
         with pytest.raises(EmphasisError):
-            Emphasis.parse(json.loads(rewritten_body)["vllm_xargs"])
+            Emphasis.parse({"emphasis": json.loads(body)["emphasis"]})
+        with pytest.raises(EmphasisError):
+            Emphasis.parse(json.loads(carried)["vllm_xargs"])
+    assert outcomes >= {"left to vLLM", "refused at admission"}
+    nested = []
+    for _ in range(5000):  # from Python, where nothing was parsed
+        nested = [nested]
+    with pytest.raises(EmphasisError, match="deeply nested list"):
+        Emphasis.parse({"emphasis": {"chars": [nested]}})
 
 
 @pytest.mark.parametrize("value", [True, 1])
