@@ -21,9 +21,16 @@ from oracle import Oracle
 from vllm_pasta.smollm2 import model_path
 
 
+CORES = os.sched_getaffinity(0)
+
+
 def start(model, **options):
     """An in-process engine with settings that suit small tests."""
     from vllm import LLM
+    from vllm.v1.engine import core
+
+    # Engines of one process share its process groups: one that ends must leave them to the others.
+    core.cleanup_dist_env_and_memory = lambda: None
 
     defaults = {
         "dtype": "float32",
@@ -34,7 +41,10 @@ def start(model, **options):
         "disable_log_stats": True,
         "additional_config": {"pasta": {}},
     }
-    return LLM(str(model), **{**defaults, **options})
+    try:
+        return LLM(str(model), **{**defaults, **options})
+    finally:
+        os.sched_setaffinity(0, CORES)  # vLLM binds this thread, and what it starts inherits that
 
 
 @pytest.fixture(scope="session")
