@@ -20,7 +20,6 @@ from oracle import Oracle
 
 from vllm_pasta.smollm2 import model_path
 
-
 CORES = os.sched_getaffinity(0)
 
 
