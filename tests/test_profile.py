@@ -202,10 +202,12 @@ def test_interrupted_and_sharded(command, monkeypatch):
     asked = []
     generate = engine_module.Asker._generate
 
+    left = [None, None, KeyboardInterrupt()]  # the third call is interrupted
+
     def interrupted(self, trials):
         asked.append(len(trials))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
+        if left and (interruption := left.pop(0)):
+            raise interruption
         return generate(self, trials)
 
     monkeypatch.setattr(engine_module.Asker, "_generate", interrupted)
