@@ -96,7 +96,7 @@ FEATURES = {
     "logit_bias": Feature({"logit_bias": {17: 6.0, 99: 5.0}}, biased({17: 6.0, 99: 5.0})),
     "allowed_token_ids": Feature({"allowed_token_ids": EVEN}, without(list(range(1, 256, 2)))),
     "min_p": Feature({"temperature": 1.0, "min_p": 1.0}),
-    "top_k": Feature({"temperature": 5.0, "top_k": 1}),
+    "top_k": Feature({"temperature": 2.0, "top_k": 1}),
     "presence_penalty": Feature({"presence_penalty": 1.5}, penalised(lambda n: 1.5 * (n > 0))),
     "frequency_penalty": Feature({"frequency_penalty": 0.7}, penalised(lambda n: 0.7 * n)),
     "bad_words": Feature({"bad_words": list(string.ascii_letters)}, without(LETTERS)),
