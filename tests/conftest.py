@@ -6,7 +6,6 @@ import os
 # Before vllm is imported. In process: quick to start, and tests can look inside.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
@@ -25,9 +24,10 @@ CORES = os.sched_getaffinity(0)
 
 def start(model, **options):
     """An in-process engine with settings that suit small tests."""
-    from vllm import LLM
+    from vllm import LLM, envs
     from vllm.v1.engine import core
 
+    envs.disable_envs_cache()  # else a variable that a test sets is not seen
     # Engines of one process share its process groups: one that ends must leave them to the others.
     core.cleanup_dist_env_and_memory = lambda: None
 
@@ -35,6 +35,7 @@ def start(model, **options):
         "dtype": "float32",
         "enforce_eager": True,
         "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 2**27,  # engines are kept, so this adds up
         "max_model_len": 1024,
         "max_logprobs": -1,
         "disable_log_stats": True,

@@ -178,9 +178,7 @@ def test_engine_that_cannot_steer_does_not_start(options, reason, tiny):
 )
 def test_environment_that_cannot_steer(variable, reason, tiny, monkeypatch):
     from conftest import start
-    from vllm import envs
 
-    envs.disable_envs_cache()
     monkeypatch.setenv(variable, "1")
     with pytest.raises(UnsupportedError, match=reason):
         start(tiny, skip_tokenizer_init=True)

@@ -94,7 +94,7 @@ def test_readme_shows_every_way():
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(len(SHOWN)))
 def test_readme(command, output, smollm2, capsys):
     """What the README shows is what the program prints."""
-    arguments = shlex.split(command.replace("MODEL", smollm2).replace("\\\n", " "))
+    arguments = shlex.split(command.replace("MODEL", str(smollm2)).replace("\\\n", " "))
     assert main(arguments[1:]) == 0
     printed = capsys.readouterr().out
     assert [line.rstrip() for line in printed.rstrip().splitlines()] == output.rstrip().splitlines()

@@ -123,7 +123,6 @@ FEATURES = {
     "json": structured(
         lambda text: re.fullmatch('{"a": ?"(x|yy)", ?"b": ?(true|false)}', text),
         json=SCHEMA,
-        disable_any_whitespace=True,
     ),
 }  # fmt: skip
 
@@ -139,6 +138,7 @@ def llm(engine, tiny):
         scheduling_policy="priority",
         enable_prompt_embeds=True,
         logits_processors=[Forbid],
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
     )
 
 

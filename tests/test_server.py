@@ -331,7 +331,7 @@ def test_metrics(server, client):
         'pasta_step_rows_total{kind="plain"}',
     )
     before = [metric(server, name) for name in names]
-    replies = [complete(client, {"emphasis": '{"spans": [[2, 7]]}'}, n=2), complete(client)]
+    replies = [complete(client, {"emphasis": '{"spans": [[2, 7]]}'}), complete(client)]
     for xargs in ({"emphasis": "Bergen"}, {"emphasis_mine": "x"}):
         with pytest.raises(openai.BadRequestError):
             complete(client, xargs)
