@@ -17,6 +17,7 @@ from vllm_pasta.integration.config import PastaConfig
 PROMPT = "Name three colours. Answer in JSON. Be brief."
 MESSAGES = [{"role": "user", "content": PROMPT}]
 HEADS = {layer: list(heads) for layer, heads in bundled()["smollm2-135m-instruct"].layers}
+BUNDLED = ", ".join(sorted(bundled()))
 
 
 def params(emphasis=None, **options):
@@ -109,7 +110,7 @@ REFUSED = {
     "alpha": ({"text": "JSON", "alpha": -1}, r"emphasis.alpha.*got -1"),
     "unknown head set": (
         {"text": "JSON", "heads": "nope"},
-        r"'nope'; known head sets: smollm2-135m-instruct; this model has 30 layers of 9 ",
+        rf"'nope'; known head sets: {BUNDLED}; this model has 30 layers of 9 ",
     ),
     "layer out of range": ({"text": "JSON", "heads": {"30": [0]}}, r"30 layers \(0 to 29\)"),
     "head out of range": ({"text": "JSON", "heads": {"3": [9]}}, r"9 query heads \(0 to 8\)"),
@@ -271,7 +272,7 @@ def test_layer_that_cannot_be_steered(where, attribute, value, reason, small_bat
     ("config", "error", "words"),
     [
         ({"heads": "/no/such/file.json"}, HeadSetError, "file.json: cannot be read"),
-        ({"heads": "{}"}, HeadSetError, "known by name: smollm2-135m-instruct"),
+        ({"heads": "{}"}, HeadSetError, f"known by name: {BUNDLED}$"),
         ({"heads": {"x": [1]}}, HeadSetError, "layer"),
         ({"heads": 3}, ConfigError, "got 3"),
         ({"alpha": 0}, ConfigError, "alpha: expected a finite number above 0"),
