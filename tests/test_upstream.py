@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import start
 
+from patches import check_upstream
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import plugin, upstream
 
@@ -17,7 +19,42 @@ LEDGER = Path(__file__).parent.parent / "patches" / "README.md"
 @pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.target)
 def test_upstream_unchanged(patch):
     """Fails when vLLM changes a wrapped function: read it again, then record its new digest."""
-    assert patch.source_digest == patch.sha256
+    assert patch.source_digest in patch.digests.split()
+
+
+def test_check_of_another_release(tmp_path):
+    """Of a vLLM in which a wrapped function changed, an imported name is gone and an overridden
+    method takes other parameters, exactly that is found; in the wheel as in a folder."""
+    changed = {
+        "vllm/v1/core/kv_cache_utils.py": ("generate_block_hash_extra_keys(", "return", "1;return"),
+        "vllm/exceptions.py": ("class VLLMValidationError(", "VLLMValidationError", "Renamed"),
+        "vllm/v1/attention/backends/cpu_attn.py": ("    def build(", "fast_build:", "faster:"),
+    }  # fmt: skip
+    wheel = tmp_path / "vllm-9.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in check_upstream.installed().glob("vllm/**/*.py"):
+            name = str(path.relative_to(check_upstream.installed()))
+            text = path.read_text(encoding="utf-8")
+            if name in changed:
+                place, old, new = changed[name]
+                before, found, after = text.partition(place)
+                text = before + (found + after).replace(old, new, 1)
+            archive.writestr(name, text)
+    old, new = (check_upstream.Source(p) for p in (check_upstream.installed(), wheel))
+    assert {f.state for f in check_upstream.check(old, old)} == {"unchanged"}
+    assert {
+        (f.state, f.what) for f in check_upstream.check(old, new) if f.state != "unchanged"
+    } == {
+        ("changed", "wrapped vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"),
+        ("changed", "wrapped vllm.v1.core.block_pool:generate_block_hash_extra_keys"),
+        ("gone", "imported vllm.exceptions:VLLMValidationError"),
+        ("gone", "overridden vllm.exceptions:VLLMValidationError.__init__"),
+        ("gone", "overridden vllm.exceptions:VLLMValidationError.__str__"),
+        (
+            "changed",
+            "overridden vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+        ),
+    }
 
 
 def test_ledger_is_complete():
@@ -48,9 +85,11 @@ def test_other_vllm_is_refused(monkeypatch):
 def test_another_backend(tiny):
     """Where another plugin takes CPU_ATTN, nothing is left unsteered in silence."""
     from vllm import SamplingParams
+    from vllm.plugins import load_general_plugins
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    load_general_plugins()  # once in a process: the engine does not register ours again
     AttentionBackendEnum.CPU_ATTN.clear_override()
     selector._cached_get_attn_backend.cache_clear()
     try:

@@ -19,7 +19,8 @@ class Patch:
     Attributes:
         target: ``module:qualified.name``.
         wrap: Original function to its replacement.
-        sha256: Digest of the original's source in the supported vLLM, first 12 characters.
+        digests: SHA-256 of the original's source, first 12 characters; several, separated by
+            spaces, where the supported vLLMs differ.
         superseded_by: What a vLLM has that does not need the patch, thanks to one of our diffs: a
             hook point, or ``module:qualified.name``.
         frontend: Applied when a front end starts (it alone has the target's module loaded),
@@ -28,7 +29,7 @@ class Patch:
 
     target: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-    sha256: str
+    digests: str
     superseded_by: str
     frontend: bool = False
 

@@ -2,7 +2,7 @@
 
 from vllm_pasta.errors import UnsupportedError
 
-SUPPORTED_VLLM = ("0.32.",)
+SUPPORTED_VLLM = ("0.31.", "0.32.")
 """Prefixes of the vLLM versions on which everything here was tested."""
 
 CPU_BACKEND = "vllm_pasta.integration.cpu_backend.SteeredCPUAttentionBackend"

@@ -24,7 +24,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         wrappers.process_inputs,
-        "e22b5f772979",
+        "e22b5f772979 65a1db8ef773",
         "admission",
     ),
     Patch(
@@ -61,7 +61,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
         wrappers.process_outputs,
-        "9e116796002e",
+        "9e116796002e c2ecb854b1e3",
         "step_outputs",
         frontend=True,
     ),
@@ -75,7 +75,7 @@ PATCHES = (
     Patch(
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
         wrappers.add_cli_args,
-        "0b7444570415",
+        "0b7444570415 eb63de155f31",
         "cli_args",
     ),
     Patch(
@@ -106,7 +106,7 @@ PATCHES = (
     Patch(
         f"{_PROTOCOLS}.responses.serving:OpenAIServingResponses._generate_with_builtin_tools",
         wrappers.generate_with_builtin_tools,
-        "82be6a64cb9c",
+        "82be6a64cb9c ee94ab646588",
         "admission",
         frontend=True,
     ),
@@ -114,28 +114,36 @@ PATCHES = (
         Patch(
             f"{protocol}:{request}.to_beam_search_params",
             beam_search.to_params,
-            sha256,
+            digests,
             _BEAM_PARAMS,
             frontend=True,
         )
-        for protocol, request, sha256 in (
-            (f"{_PROTOCOLS}.completion.protocol", "CompletionRequest", "a1d956e4e6f9"),
-            (f"{_PROTOCOLS}.chat_completion.protocol", "ChatCompletionRequest", "811f6b3777f9"),
-            (f"{_SPEECH}.transcription.protocol", "TranscriptionRequest", "cb30285d6c09"),
-            (f"{_SPEECH}.translation.protocol", "TranslationRequest", "cb30285d6c09"),
+        for protocol, request, digests in (
+            (f"{_PROTOCOLS}.completion.protocol", "CompletionRequest", "a1d956e4e6f9 8aea3604dafb"),
+            (
+                f"{_PROTOCOLS}.chat_completion.protocol",
+                "ChatCompletionRequest",
+                "811f6b3777f9 31617f201a06",
+            ),
+            (
+                f"{_SPEECH}.transcription.protocol",
+                "TranscriptionRequest",
+                "cb30285d6c09 cfe80cd2024d",
+            ),
+            (f"{_SPEECH}.translation.protocol", "TranslationRequest", "cb30285d6c09 cfe80cd2024d"),
         )
     ),
     Patch(
         f"{_BEAM_SEARCH}.online:BeamSearchOnlineMixin.beam_search",
         beam_search.online,
-        "e2e6d1893a8f",
+        "e2e6d1893a8f 6e6156350d02",
         _BEAM_PARAMS,
         frontend=True,
     ),
     Patch(
         f"{_BEAM_SEARCH}.offline:BeamSearchOfflineMixin.beam_search",
         beam_search.offline,
-        "b4b93229fd76",
+        "b4b93229fd76 c07c81870da3",
         _BEAM_PARAMS,
         frontend=True,
     ),
