@@ -4,6 +4,7 @@ Broken by: a diff that no longer applies; a run-time patch without a diff; a hoo
 not called, or that our code does not register with.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -21,7 +22,12 @@ from vllm_pasta.integration import upstream
 
 TESTS = Path(__file__).parent
 PATCHES = TESTS.parent / "patches"
-DIFFS = sorted((PATCHES / "vllm-0.32").glob("*.patch"))
+# An older vLLM's folder holds those that differ.
+MINOR = ".".join(importlib.metadata.version("vllm").split(".")[:2])
+DIFFS = [
+    own if (own := PATCHES / f"vllm-{MINOR}" / diff.name).exists() else diff
+    for diff in sorted((PATCHES / "vllm-0.32").glob("*.patch"))
+]
 
 
 def message(diff):
