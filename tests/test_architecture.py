@@ -24,6 +24,7 @@ CORE = [
     "spans",
     "chat",
     "plan",
+    "buffers",
     "kernels",
     "ops",
 ]
