@@ -26,6 +26,7 @@ OPTIONS = {
     "dtype": "float32",
     "enforce_eager": True,
     "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 2**27,
     "max_model_len": 1024,
     "block_size": 32,
     "max_num_seqs": 4,  # fewer than there are requests: rows come, go and move

@@ -64,6 +64,7 @@ struct Layer {
 namespace {
 
 constexpr int MIN_AMX_ROWS = 9;  // with fewer, AMX's tiles of 16 rows are mostly empty
+constexpr long MAX_DEPTH = 128;  // products that are added up one by one: more would lose digits
 constexpr int MIN_SPLIT = 512;   // fewer keys are not worth a unit of their own
 
 enum Format { FLOAT_PLAIN, BFLOAT16_PLAIN, HALF_PLAIN, BFLOAT16_PAIRED };
@@ -274,6 +275,8 @@ struct Kernel {
     const long first_position = batch.seq_len[r] - batch.query_len[r] + unit.row;
     RowState state[MAX_ROWS];
     float rescale[MAX_ROWS];  // what the sums are still to be multiplied by
+    float ones[MAX_ROWS];
+    std::fill(ones, ones + MAX_ROWS, 1.0f);
     float *query = as<float>(scratch.query), *logits = as<float>(scratch.logits);
     float *sums = as<float>(scratch.sums), *bias = as<float>(scratch.bias);
     T *query16 = as<T>(scratch.query16), *weights16 = as<T>(scratch.weights16);
@@ -309,9 +312,10 @@ struct Kernel {
       if (amx)
         multiply_keys_amx(query16, keys, key_strides, head_size, groups, rows, logits);
       else
-        multiply<Layout>({query, head_size, key_strides, head_size, nullptr, logits, KEY_STRIDE,
-                          ahead},
-                         rows, groups, keys);
+        for (long d = 0; d < head_size; d += MAX_DEPTH)
+          multiply<Layout>({query + d, head_size, key_strides, std::min(MAX_DEPTH, head_size - d),
+                            d ? ones : nullptr, logits, KEY_STRIDE, ahead},
+                           rows, groups, keys + d / 2 * key_strides.pair);
 
       if (shapes_logits()) shape_logits(unit, first_position, key, n, logits);
       if (key < first_position + unit.rows - shape.window)

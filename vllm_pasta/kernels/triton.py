@@ -28,7 +28,7 @@ from vllm_pasta.plan import LayerAttention
 
 SPLITS = 16
 """Programs that share a row's keys in decoding."""
-MAX_SPLIT_TOKENS = 256
+MAX_SPLIT_TOKENS = 64
 """Most rows of a step whose keys are split; more rows are programs enough."""
 
 
