@@ -25,6 +25,7 @@ class Patch:
             hook point, or ``module:qualified.name``.
         frontend: Applied when a front end starts (it alone has the target's module loaded),
             not in every process.
+        backend: The GPU attention backend with whose steered version it is applied, not before.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Patch:
     digests: str
     superseded_by: str
     frontend: bool = False
+    backend: str | None = None
 
     @property
     def function(self) -> Callable[..., Any]:

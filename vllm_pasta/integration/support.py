@@ -4,26 +4,44 @@ What is not known to work is refused. An engine on which emphasis is switched on
 honour it does not start.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import vllm
 from vllm import envs
+from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import connectors
+from vllm_pasta.integration.config import allows_gpu
+from vllm_pasta.integration.plugin import GPU_BACKENDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 LAYOUTS = ("vec", "vec16", "amx")
-"""KV cache layouts that the kernels read."""
+"""KV cache layouts that the CPU kernels read."""
+
+GPU_VLLM = "0.32."
+"""Prefix of the vLLM versions whose GPU backends and model runners were read."""
+
+GPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""KV cache dtypes that the Triton kernels read, beside the model's own by name."""
+
+MAX_GPU_HEAD_SIZE = 256
 
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 """Ways of drafting that were tested. The draft itself is not steered."""
 
 _DRAFT_PREFIX = "draft_model."
 """What vLLM puts before the names of a draft model's layers."""
+
+
+def is_gpu() -> bool:
+    """Whether emphasis runs by the GPU's backends and kernels."""
+    return bool(current_platform.is_cuda())
 
 
 def check_engine(vllm_config: "VllmConfig") -> None:
@@ -36,8 +54,6 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     speculative = vllm_config.speculative_config
     method = speculative and speculative.method
     reasons = {
-        f"the platform is {current_platform.device_type}, not cpu": not current_platform.is_cpu(),
-        "Model Runner V2 is in use": vllm_config.use_v2_model_runner,
         f"speculative decoding is of method {method}, not {' or '.join(SPECULATIVE_METHODS)}": (
             speculative is not None and method not in SPECULATIVE_METHODS
         ),
@@ -46,7 +62,6 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "VLLM_BATCH_INVARIANT is set, which steered attention does not keep": (
             envs.VLLM_BATCH_INVARIANT
         ),
-        f"the KV cache is {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
         "the model has layers without attention": model.is_hybrid
@@ -55,6 +70,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "the model is an encoder-decoder": model.is_encoder_decoder,
         "the model is multimodal": model.is_multimodal_model,
         "the model is a diffusion model": model.is_diffusion,
+        **(_gpu_reasons(vllm_config) if is_gpu() else _cpu_reasons(vllm_config)),
     }
     _refuse(
         [reason for reason, holds in reasons.items() if holds]
@@ -62,9 +78,79 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     )
 
 
+def _cpu_reasons(vllm_config: "VllmConfig") -> dict[str, bool]:
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    return {
+        f"the platform is {current_platform.device_type}, not cpu or cuda": (
+            not current_platform.is_cpu()
+        ),
+        "Model Runner V2 is in use": vllm_config.use_v2_model_runner,
+        f"the KV cache is {cache_dtype}": cache_dtype != "auto",
+    }
+
+
+def _gpu_reasons(vllm_config: "VllmConfig") -> dict[str, bool]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    backend = vllm_config.attention_config.backend
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    own_dtype = str(model.dtype).removeprefix("torch.")
+    return {
+        "emphasis on a GPU is experimental, was never run on one, and wants to be asked for: "
+        "--pasta-gpu experimental, or additional_config={'pasta': {'gpu': 'experimental'}}": (
+            not allows_gpu(vllm_config)
+        ),
+        f"on a GPU emphasis needs vLLM {GPU_VLLM}x, this is {vllm.__version__}": (
+            not vllm.__version__.startswith(GPU_VLLM)
+        ),
+        f"the attention backend is {backend and backend.name}, not {', '.join(GPU_BACKENDS)}": (
+            backend is not None and backend.name not in GPU_BACKENDS
+        ),
+        "pipeline parallel with Model Runner V2, which tells only the last stage whose the rows "
+        "are (VLLM_USE_V2_MODEL_RUNNER=0 has another)": (
+            parallel.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner
+        ),
+        "context parallel": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "a step is split into microbatches (dual batch overlap)": parallel.use_ubatching,
+        "speculative decoding verifies adaptively": speculative is not None
+        and speculative.enable_adaptive_verification,
+        "sleep mode is on, which empties the GPU memory that steering lives in": (
+            model.enable_sleep_mode
+        ),
+        "the KV cache is sparse (HiSparse)": (
+            vllm_config.attention_config.hisparse_config is not None
+        ),
+        "the model has reference sliding windows": model.rswa_window is not None,
+        f"the KV cache is {cache_dtype}": cache_dtype not in (*GPU_CACHE_DTYPES, own_dtype),
+    }
+
+
 def is_draft(layer_name: str) -> bool:
     """Whether a layer belongs to a draft model, which is not steered."""
     return layer_name.startswith(_DRAFT_PREFIX)
+
+
+def check_layers(vllm_config: "VllmConfig") -> None:
+    """Checks that every layer of the model has an attention backend of ours, in the worker, once
+    the model is there.
+
+    Raises:
+        UnsupportedError: lists the layers that have another.
+    """
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    others = {
+        name: type(getattr(layer, "impl", layer)).__name__
+        for name, layer in layers.items()
+        if not is_draft(name) and not getattr(getattr(layer, "impl", None), "may_steer", False)
+    }
+    _refuse(
+        [
+            f"layer {name} has {kind}, which is not vllm-pasta's: let no other plugin replace it, "
+            f"and choose one of {', '.join(GPU_BACKENDS) if is_gpu() else 'CPU_ATTN'}"
+            for name, kind in others.items()
+        ]
+    )
 
 
 def check_layer(name: str, layer: Attention, num_heads: int) -> None:
@@ -86,11 +172,36 @@ def check_layer(name: str, layer: Attention, num_heads: int) -> None:
             impl.num_heads != num_heads
         ),
         "has values of another head size than its keys": layer.head_size_v != layer.head_size,
+        **(_gpu_layer_reasons(layer) if is_gpu() else _cpu_layer_reasons(layer)),
+    }
+    _refuse([f"layer {name} {reason}" for reason, holds in reasons.items() if holds])
+
+
+def _cpu_layer_reasons(layer: Attention) -> dict[str, bool]:
+    impl = layer.impl
+    return {
         "has an fp8 KV cache": impl.is_fp8_kv_cache,
         f"has attention of type {impl.attn_type}": impl.attn_type != "decoder",
         f"has KV cache layout {layer.isa}, not {', '.join(LAYOUTS)}": layer.isa not in LAYOUTS,
     }
-    _refuse([f"layer {name} {reason}" for reason, holds in reasons.items() if holds])
+
+
+def _gpu_layer_reasons(layer: Attention) -> dict[str, bool]:
+    impl: Any = layer.impl
+    cache_dtype, attn_type = impl.kv_cache_dtype, getattr(impl, "attn_type", "decoder")
+    scales = (layer._q_scale, layer._k_scale, layer._v_scale)
+    return {
+        f"has attention of type {attn_type}": attn_type != "decoder",
+        f"has head size {layer.head_size}, above {MAX_GPU_HEAD_SIZE}": (
+            layer.head_size > MAX_GPU_HEAD_SIZE
+        ),
+        f"has a KV cache of {cache_dtype}": (
+            cache_dtype not in (*GPU_CACHE_DTYPES, "float16", "bfloat16")
+        ),
+        "has fp8 scales of its own for each head": any(scale.numel() != 1 for scale in scales),
+        "has ALiBi with square roots": getattr(impl, "use_alibi_sqrt", False),
+        "has chunked attention": getattr(impl, "chunk_lookback", -1) != -1,
+    }
 
 
 def _refuse(reasons: list[str]) -> None:

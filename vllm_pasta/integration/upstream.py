@@ -5,7 +5,7 @@ Each patch wraps one function and calls the original. ``apply`` is idempotent. A
 where the installed vLLM has what makes it superfluous (see ``hooks``).
 """
 
-from vllm_pasta.integration import beam_search, hooks, wrappers
+from vllm_pasta.integration import beam_search, hooks, lse, wrappers
 from vllm_pasta.integration.patching import Patch
 
 _PROTOCOLS = "vllm.entrypoints.openai"
@@ -38,6 +38,13 @@ PATCHES = (
         wrappers.build_logitsprocs,
         "82609dd72304",
         "vllm.v1.attention.backend:CommonAttentionMetadata.get_sampling_params",
+    ),
+    Patch(
+        "vllm.v1.attention.backends.flash_attn:FA4DenseAttentionKernel.kernel",
+        lse.flash_attention,
+        "c5faf0462409",
+        "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
+        backend="FLASH_ATTN",
     ),
     Patch(  # imported there by name, for KV cache events
         "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
@@ -171,7 +178,7 @@ def apply() -> None:
     global _is_applied
     hooks.register()
     for patch in PATCHES:
-        if not patch.frontend:
+        if not patch.frontend and patch.backend is None:
             patch.apply()
     _is_applied = True
 
@@ -180,6 +187,13 @@ def apply_frontend() -> None:
     """Applies the patches that front ends need."""
     for patch in PATCHES:
         if patch.frontend:
+            patch.apply()
+
+
+def apply_backend(name: str) -> None:
+    """Applies the patches that a GPU attention backend needs."""
+    for patch in PATCHES:
+        if patch.backend == name:
             patch.apply()
 
 

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from vllm_pasta.buffers import FIRST, LOG_ALPHA, NUM_SPANS, PROMPT_LEN
 
-_VARYING = ("num_requests", "heads_offset")  # one compiled kernel serves all steps and layers
+# One compiled kernel serves all steps and layers: a graph must not be the first to need another.
+_VARYING = ("num_requests", "stride_lse_row", "stride_lse_head", "heads_offset")
 _END = tl.constexpr(2**31 - 1)
 _FIRST, _PROMPT_LEN = tl.constexpr(FIRST), tl.constexpr(PROMPT_LEN)
 _NUM_SPANS, _LOG_ALPHA = tl.constexpr(NUM_SPANS), tl.constexpr(LOG_ALPHA)
@@ -223,7 +224,7 @@ def direct(
         )
 
 
-@triton.jit(do_not_specialize=_VARYING[1:])
+@triton.jit(do_not_specialize=_VARYING[-1:])
 def put_together(
     output, rows, slots, query_start, seq_lens, sums, states,
     heads_offset, stride_slot, stride_o_row, stride_o_head,
