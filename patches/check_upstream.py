@@ -22,6 +22,23 @@ from vllm_pasta.integration.upstream import PATCHES
 
 OURS = Path(vllm_pasta.__file__).parent
 
+_BACKENDS = "vllm.v1.attention.backends"
+_CPU = (f"{_BACKENDS}.cpu_attn", "CPUAttentionMetadataBuilder", "CPUAttentionBackendImpl")
+_GPU = (
+    (f"{_BACKENDS}.flash_attn", "FlashAttentionMetadataBuilder", "FlashAttentionImpl"),
+    (f"{_BACKENDS}.flashinfer", "FlashInferMetadataBuilder", "FlashInferImpl"),
+    (f"{_BACKENDS}.triton_attn", "TritonAttentionMetadataBuilder", "TritonAttentionImpl"),
+)
+_ANY = ("vllm.v1.attention.backend", "AttentionMetadataBuilder", "AttentionImpl")
+MIXED_INTO = {
+    "SteeringBuilder": [(module, builder) for module, builder, _ in (_CPU, *_GPU, _ANY)],
+    "SteeringImpl": [(module, impl) for module, _, impl in (_CPU, *_GPU, _ANY)],
+    "CPUSteeringImpl": [(_CPU[0], _CPU[2])],
+    "GPUSteeringBuilder": [(module, builder) for module, builder, _ in (*_GPU, _ANY)],
+    "GPUSteeringImpl": [(module, impl) for module, _, impl in _GPU],
+}
+"""Our mixins, and the classes of vLLM before which they are put when vLLM runs."""
+
 
 class Source:
     """The Python files of one vLLM.
@@ -160,6 +177,7 @@ def overridden(old: Source, new: Source) -> Iterator[Finding]:
         }
         for ours in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             bases = [places[b.id] for b in ours.bases if isinstance(b, ast.Name) and b.id in places]
+            bases += MIXED_INTO.get(ours.name, [])
             for method in (n for n in ours.body if isinstance(n, ast.FunctionDef)):
                 for module, base in bases:
                     before, after = (

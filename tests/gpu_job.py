@@ -1,5 +1,7 @@
 """vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
 
+``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN``. FlashAttention itself does not run here: its functions
+are written anew in torch (`flash_attention`), so of that backend it is vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`. In a process of its own, since Triton is to be
 found before vllm is imported. Only three things are told otherwise than they are: that Triton has
 a backend for CPUs, what a GPU can do, and that this is one when `support` asks.
@@ -28,6 +30,8 @@ torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 from models import random_ids
 
+LSE_CALLS = []  # shapes of what `flash_attention` was asked for
+
 SHORT, LONG = random_ids(20, 1), random_ids(75, 2)
 ALL_HEADS = {str(layer): [0, 1, 2, 3] for layer in range(2)}
 CASES = [  # prompt, new tokens, emphasis
@@ -41,7 +45,50 @@ CASES = [  # prompt, new tokens, emphasis
 ]
 
 
-def main(model):
+def flash_attention(
+    q, k, v, *, out, cu_seqlens_q, seqused_k, softmax_scale, causal, block_table, window_size,
+    return_softmax_lse=False, **_,
+):  # fmt: skip
+    """As FlashAttention's of that name, over paged keys: ``out``, and the log-sum-exp
+    ``[num_heads, num_tokens]`` if asked for."""
+    assert causal
+    assert window_size[0] == -1
+    lse = torch.full(q.shape[1::-1], float("inf"))
+    group = q.shape[1] // k.shape[2]
+    for r, table in enumerate(block_table):
+        begin, end, n = int(cu_seqlens_q[r]), int(cu_seqlens_q[r + 1]), int(seqused_k[r])
+        keys, values = (
+            cache[table.long()].flatten(0, 1)[:n].repeat_interleave(group, 1) for cache in (k, v)
+        )
+        logits = torch.einsum("qhd,khd->hqk", q[begin:end], keys) * softmax_scale
+        rows = torch.arange(n - (end - begin), n)
+        logits[:, rows[:, None] < torch.arange(n)] = float("-inf")
+        out[begin:end] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values)
+        lse[:, begin:end] = logits.logsumexp(-1)
+    if return_softmax_lse:
+        LSE_CALLS.append(list(lse.shape))
+    return (out, lse) if return_softmax_lse else out
+
+
+def write_cache(key, value, key_cache, value_cache, slots, *_):
+    """As vLLM's ``reshape_and_cache_flash``."""
+    block, place = slots // key_cache.shape[1], slots % key_cache.shape[1]
+    key_cache[block, place] = key[: len(slots)]
+    value_cache[block, place] = value[: len(slots)]
+
+
+def stand_in():
+    """FlashAttention 2, as far as vLLM's backend can tell."""
+    from vllm.v1.attention.backends import fa_utils
+
+    fa_utils.get_flash_attn_version = lambda *_, **__: 2
+    from vllm.v1.attention.backends import flash_attn
+
+    flash_attn.flash_attn_varlen_func = flash_attention
+    flash_attn.reshape_and_cache_flash = write_cache
+
+
+def main(model, backend):
     from vllm import LLM, SamplingParams
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -51,8 +98,10 @@ def main(model):
 
     support.is_gpu = lambda: True
     load_general_plugins()
+    if backend == "FLASH_ATTN":
+        stand_in()
     register_backend(
-        AttentionBackendEnum.CPU_ATTN, "vllm_pasta.integration.gpu_backends.TRITON_ATTN"
+        AttentionBackendEnum.CPU_ATTN, f"vllm_pasta.integration.gpu_backends.{backend}"
     )
 
     def start(**pasta):
@@ -93,12 +142,15 @@ def main(model):
         "refused": refused,
         "runner": type(runner).__module__,
         "backends": sorted({g.backend.get_name() for gs in runner.attn_groups for g in gs}),
+        "plain": run(llm, [case for case in CASES if case[2] is None]),
+        "asked before": len(LSE_CALLS),
         "mixed": run(llm, CASES),
         "again": run(llm, CASES),  # with prefix hits, and slots that others had
         "alone": [run(llm, [case])[0] for case in CASES[1:3]],
     }
+    report["asked"] = len(LSE_CALLS)
     print("REPORT", json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

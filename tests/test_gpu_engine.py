@@ -1,5 +1,6 @@
 """The GPU's way through vLLM's real engine, without a GPU: both model runners, vLLM's own Triton
-attention, our kernels, and requests that come, go and use each other's slots (`gpu_job`).
+attention (and FlashAttention's backend, over a stand-in for its kernel), our kernels, and requests
+that come, go and use each other's slots (`gpu_job`).
 
 Broken by: a builder or impl that is not ours; a slot that keeps its last request's steering; a row
 that is taken for another; a chunk, a prefix hit or a decode step that is not steered.
@@ -23,22 +24,27 @@ def model(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("tiny-gpu"), layers=2)
 
 
-@pytest.fixture(scope="module", params=["0", "1"], ids=["V1", "V2"])
+@pytest.fixture(
+    scope="module",
+    params=[("TRITON_ATTN", "0"), ("TRITON_ATTN", "1"), ("FLASH_ATTN", "1")],
+    ids=["Triton, V1", "Triton, V2", "FlashAttention, V2"],
+)
 def report(request, model):
+    backend, v2 = request.param
     path = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
-        [sys.executable, TESTS / "gpu_job.py", model],
+        [sys.executable, TESTS / "gpu_job.py", model, backend],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
-            "VLLM_USE_V2_MODEL_RUNNER": request.param,
+            "VLLM_USE_V2_MODEL_RUNNER": v2,
         },
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-5000:]
     lines = [line for line in result.stdout.splitlines() if line.startswith("REPORT ")]
-    return request.param, json.loads(lines[0].removeprefix("REPORT "))
+    return backend, v2, json.loads(lines[0].removeprefix("REPORT "))
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +65,23 @@ def expected(model):
 
 
 def test_equals_the_oracle(report, expected):
-    which, report = report
-    assert report["backends"] == ["TRITON_ATTN"]
-    assert report["runner"].startswith("vllm.v1.worker.cpu.") == (which == "1")
+    backend, v2, report = report
+    assert report["backends"] == [backend]
+    assert report["runner"].startswith("vllm.v1.worker.cpu.") == (v2 == "1")
+    assert report["plain"] == [expected[0], expected[4]]
     assert report["mixed"] == expected
     assert report["again"] == expected
     assert report["alone"] == expected[1:3]
 
 
+def test_log_sum_exp(report):
+    """FlashAttention is asked for it where something is steered, and at first, for graphs."""
+    backend, _, report = report
+    layers = 2
+    once = 2 * layers  # with one row a request, and with several
+    assert report["asked before"] == (once if backend == "FLASH_ATTN" else 0)
+    assert (report["asked"] > 10 * layers) == (backend == "FLASH_ATTN")
+
+
 def test_wants_to_be_asked_for(report):
-    assert "--pasta-gpu experimental" in report[1]["refused"]
+    assert "--pasta-gpu experimental" in report[2]["refused"]

@@ -130,11 +130,13 @@ def steer(
         impl: Goes before its impl.
     """
     bases = {"builder": (builder, base.get_builder_cls()), "impl": (impl, base.get_impl_cls())}
-    made = {key: type(f"Steered{b[1].__name__}", b, {}) for key, b in bases.items()}
+    module = {"__module__": builder.__module__}
+    made = {key: type(f"Steered{b[1].__name__}", b, dict(module)) for key, b in bases.items()}
     return type(
         f"Steered{base.__name__}",
         (base,),
         {
+            **module,
             "get_builder_cls": staticmethod(lambda: made["builder"]),
             "get_impl_cls": staticmethod(lambda: made["impl"]),
         },
