@@ -148,10 +148,10 @@ def compare(workload: Workload, plain: Engine, pasta: Engine, runs: int) -> dict
 
 
 def compare_reference(pasta: Engine, options: argparse.Namespace) -> dict[str, Any]:
-    """Times transformers with eager attention on the same prompts, once, warmed up, against us."""
+    """Times transformers on the same prompts, once, warmed up, against us."""
     from benchmarks.reference import Reference
 
-    reference = Reference(options.model, options.dtype)
+    reference = Reference(options.model, options.dtype, options.reference)
     rows = {}
     for name, workload in progress("reference", REFERENCE.items()):
         reference.run([{**r, "output_tokens": 2} for r in workload.batch(0)])
@@ -231,8 +231,9 @@ def main() -> None:
         help="also the plots' sweeps, with so many timed runs of each point (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--reference", action="store_true",
-        help="also against transformers with eager attention (10 minutes)",
+        "--reference", nargs="?", const="eager", choices=("eager", "xformers"),
+        help="also against transformers with eager attention (10 minutes), or with xformers', "
+        "which needs a GPU",
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")

@@ -6,6 +6,7 @@ that is lost; a plain row, head or padding row that is touched.
 """
 
 import itertools
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -384,6 +385,22 @@ def test_cuda_graph(use_lse):
         graph.replay()
         wanted, _ = case.dense(steer=True)
         assert (output.cpu().double() - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool):
+    """No access out of bounds, and no race in shared memory."""
+    done = subprocess.run(
+        [
+            *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
+            *(sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_dense or fp8"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stdout[-3000:]
 
 
 COMPILE = """
