@@ -346,6 +346,7 @@ def test_launches_do_not_depend_on_what_is_steered(monkeypatch):
         (lambda c: setattr(c, "cache", c.cache[..., :64]), "2 \\* head_size"),
         (lambda c: setattr(c, "query", c.query[:, :3]), "one shape.*multiple of the KV heads"),
         (lambda c: setattr(c, "attention", LayerAttention(0.0)), "scale, window and soft_cap"),
+        (lambda c: setattr(c.buffers, "slots", c.buffers.slots[:4]), "5 requests for 4 slots"),
     ],
 )
 def test_wrong_arguments(change, words):

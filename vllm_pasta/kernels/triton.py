@@ -108,7 +108,7 @@ def steered_attention(
     """
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
-    _check(query, kv_cache, output, attention, scales)
+    _check(query, kv_cache, output, buffers, batch, attention, scales)
     group_size = num_heads // num_kv_heads
     num_requests = len(batch.seq_lens)
     is_decode = batch.max_query_len == 1
@@ -169,6 +169,8 @@ def _check(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
+    buffers: SteeringBuffers,
+    batch: Batch,
     attention: LayerAttention,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
@@ -187,6 +189,9 @@ def _check(
         "a number of heads that is a multiple of the KV heads": (
             query.shape[1] % kv_cache.shape[1] == 0
         ),
+        "no more requests than buffers.slots has room for": (
+            len(batch.seq_lens) <= len(buffers.slots)
+        ),
         "scale, window and soft_cap above 0": (
             attention.scale > 0
             and (attention.window is None or attention.window > 0)
@@ -197,5 +202,6 @@ def _check(
         raise ValueError(
             f"steered attention: expected {'; '.join(missing)}; got query {tuple(query.shape)} "
             f"{query.dtype}, output {tuple(output.shape)}, kv_cache {tuple(kv_cache.shape)} "
-            f"{kv_cache.dtype} with strides {kv_cache.stride()}, {attention}"
+            f"{kv_cache.dtype} with strides {kv_cache.stride()}, {len(batch.seq_lens)} requests for "
+            f"{len(buffers.slots)} slots, {attention}"
         )
