@@ -17,6 +17,7 @@ hold them: a program that finds nothing to do for its request, KV head or rows e
 ``kernels.reference`` says what both compute; ``buffers`` what a slot's row holds.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -108,9 +109,13 @@ def steered_attention(
     """
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
-    _check(query, kv_cache, output, buffers, batch, attention, scales)
-    group_size = num_heads // num_kv_heads
     num_requests = len(batch.seq_lens)
+    _check(
+        *((x.dtype, x.shape[1:], x.stride(-1)) for x in (query, output, kv_cache)),
+        num_requests, len(buffers.slots), scales is not None,
+        (attention.scale, attention.window, attention.soft_cap),
+    )  # fmt: skip
+    group_size = num_heads // num_kv_heads
     is_decode = batch.max_query_len == 1
     block_m = max(16, triton.next_power_of_2(group_size) * (1 if is_decode else 4))
     block_m = block_m if is_decode else max(block_m, 64)
@@ -165,43 +170,40 @@ def steered_attention(
         )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
 def _check(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    output: torch.Tensor,
-    buffers: SteeringBuffers,
-    batch: Batch,
-    attention: LayerAttention,
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
+    query: tuple[torch.dtype, tuple[int, ...], int],
+    output: tuple[torch.dtype, tuple[int, ...], int],
+    kv_cache: tuple[torch.dtype, tuple[int, ...], int],
+    num_requests: int,
+    num_slots: int,
+    has_scales: bool,
+    attention: tuple[float, int | None, float | None],
 ) -> None:
-    fp8 = kv_cache.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    """Checks what all calls of a kind have in common, once.
+
+    Args:
+        query, output, kv_cache: dtype, shape but for the first dimension, last stride.
+        attention: Scale, window and soft cap.
+    """
+    (dtype, heads, _), (cache_dtype, cache, _) = query, kv_cache
+    fp8 = cache_dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
     expected = {
-        "query and output of one shape": query.shape == output.shape,
+        "query and output of one shape": heads == output[1],
         "kv_cache [num_blocks, num_kv_heads, block_size, 2 * head_size]": (
-            kv_cache.dim() == 4 and kv_cache.shape[3] == 2 * query.shape[2]
+            len(cache) == 3 and cache[2] == 2 * heads[1]
         ),
-        "rows contiguous in the last dimension": (
-            query.stride(2) == output.stride(2) == kv_cache.stride(3) == 1
-        ),
+        "rows contiguous in the last dimension": query[2] == output[2] == kv_cache[2] == 1,
         "a KV cache in the query's dtype, or fp8 with scales": (
-            kv_cache.dtype == query.dtype if scales is None else fp8
+            fp8 if has_scales else cache_dtype == dtype
         ),
-        "a number of heads that is a multiple of the KV heads": (
-            query.shape[1] % kv_cache.shape[1] == 0
-        ),
-        "no more requests than buffers.slots has room for": (
-            len(batch.seq_lens) <= len(buffers.slots)
-        ),
-        "scale, window and soft_cap above 0": (
-            attention.scale > 0
-            and (attention.window is None or attention.window > 0)
-            and (attention.soft_cap is None or attention.soft_cap > 0)
-        ),
+        "a number of heads that is a multiple of the KV heads": heads[0] % cache[0] == 0,
+        "no more requests than buffers.slots has room for": num_requests <= num_slots,
+        "scale, window and soft_cap above 0": all(x is None or x > 0 for x in attention),
     }
     if missing := [text for text, holds in expected.items() if not holds]:
         raise ValueError(
-            f"steered attention: expected {'; '.join(missing)}; got query {tuple(query.shape)} "
-            f"{query.dtype}, output {tuple(output.shape)}, kv_cache {tuple(kv_cache.shape)} "
-            f"{kv_cache.dtype} with strides {kv_cache.stride()}, {len(batch.seq_lens)} requests for "
-            f"{len(buffers.slots)} slots, {attention}"
+            f"steered attention: expected {'; '.join(missing)}; got query {query}, output "
+            f"{output}, kv_cache {kv_cache} (dtype, shape but for the first, last stride), "
+            f"{num_requests} requests for {num_slots} slots, scale, window and soft cap {attention}"
         )
