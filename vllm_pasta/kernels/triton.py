@@ -4,8 +4,8 @@ Two kernels, both launched over all rows of a step, whatever is steered, so that
 hold them: a program that finds nothing to do for its request, KV head or rows ends at once.
 
 - **direct**: attention over all keys of the steered (row, head) pairs with ``log(alpha)`` on the
-  scaled keys. In decoding, the keys of a row are split among programs and merged by a second
-  launch, as in split-KV decoding.
+  scaled keys. Where a step has few rows, their keys are split among programs, and a second launch
+  puts the parts together.
 - **merge**: where the backend gives the log-sum-exp of its plain attention, and alpha < 1. With P
   the plain output and Z its sum of weights, U the emphasised and the generated keys, Z_U and N_U
   their sums of weights and of weighted values,
@@ -28,7 +28,7 @@ from vllm_pasta.kernels import triton_kernels
 from vllm_pasta.plan import LayerAttention
 
 SPLITS = 16
-"""Programs that share a row's keys in decoding."""
+"""Programs that share a row's keys where a step has few rows."""
 MAX_SPLIT_TOKENS = 64
 """Most rows of a step whose keys are split; more rows are programs enough."""
 
@@ -122,7 +122,7 @@ def steered_attention(
     block_q = max(1, block_m // group_size)
     # Each request's rows begin a block of their own: at most this many blocks in all.
     blocks = num_requests if is_decode else num_tokens // block_q + num_requests
-    splits = SPLITS if is_decode and num_tokens <= MAX_SPLIT_TOKENS else 1
+    splits = SPLITS if num_tokens <= MAX_SPLIT_TOKENS else 1
     merges = lse is not None and attention.sinks is None
     flat = (
         query, kv_cache, output,
@@ -161,9 +161,9 @@ def steered_attention(
         *flat, **constants, SPLITS=splits, SKIPS_MERGED=merges, **options
     )
     if splits > 1:
-        triton_kernels.put_together[(num_requests, num_heads)](
+        triton_kernels.put_together[(num_tokens, num_heads)](
             output, buffers.rows, buffers.slots, batch.query_start, batch.seq_lens,
-            workspace.sums, workspace.states,
+            workspace.sums, workspace.states, num_requests,
             HEADER + layer * buffers.words, buffers.rows.stride(0), *output.stride()[:2],
             HEAD=head_size, HEAD_PADDED=constants["HEAD_PADDED"], SPLITS=splits,
             SKIPS_MERGED=merges, num_warps=2,
