@@ -5,9 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
+KERNEL = (
+    ["benchmarks.kernel_gpu"]
+    if torch.cuda.is_available()
+    else ["benchmarks.kernel", "--layers", "30"]
+)
 FULL = (
-    ["benchmarks.kernel", "--layers", "30"],
+    KERNEL,
     ["benchmarks.throughput", "--runs", "5", "--sweep-runs", "2", "--reference"],
     ["benchmarks.serving", "--runs", "3"],
     ["benchmarks.profiling"],

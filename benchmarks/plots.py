@@ -18,8 +18,9 @@ def main() -> None:
 
 
 def subtitle(result: dict[str, Any]) -> str:
+    device = result["hardware"].get("gpu") or f"{result['hardware']['cores']} cores"
     return (
-        f"{result['model']}, {result['dtype']}, {result['hardware']['cores']} cores, "
+        f"{result['model']}, {result['dtype']}, {device}, "
         f"vLLM {result['versions']['vllm']}, {result['date']}"
     )
 

@@ -1,4 +1,4 @@
-"""The reference: PASTA on transformers with eager attention, one static batch.
+"""The reference: PASTA on transformers with eager or xformers' attention, one static batch.
 
 An additive bias of log(alpha) on the logits of steered heads, as `pastalib` computes it, but on
 current transformers and without its per-head Python loops, so if anything it is faster. The batch
@@ -16,6 +16,20 @@ _bias: dict[int, torch.Tensor] = {}  # layer -> float [batch, heads, 1, prompt l
 _padding: torch.Tensor  # bool [batch, prompt length]: True where there is no token
 
 
+def _bias_of(module: Any, query: torch.Tensor, keys: int) -> torch.Tensor:
+    """``[batch, heads, rows, keys]``: the bias, and -1e9 where a row must not look."""
+    batch, heads, rows = query.shape[:3]
+    bias = torch.zeros(batch, heads, rows, keys, dtype=query.dtype, device=query.device)
+    prompt = _padding.shape[1]
+    if module.layer_idx in _bias:
+        bias[..., :prompt] += _bias[module.layer_idx].to(bias.dtype)
+    bias[..., :prompt].masked_fill_(_padding[:, None, None], -1e9)
+    if rows > 1:
+        future = torch.ones(rows, keys, dtype=torch.bool, device=query.device)
+        bias.masked_fill_(future.triu(keys - rows + 1), -1e9)
+    return bias
+
+
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: Any, scaling: float, **kwargs: Any,
@@ -23,29 +37,44 @@ def _attention(
     """transformers' eager attention, with the bias added to the logits."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    logits = query @ key.transpose(2, 3) * scaling
-    rows, keys = query.shape[2], key.shape[2]
-    prompt = _padding.shape[1]
-    if module.layer_idx in _bias:
-        logits[..., :prompt] += _bias[module.layer_idx].to(logits.dtype)
-    logits[..., :prompt].masked_fill_(_padding[:, None, None], -1e9)
-    if rows > 1:
-        future = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
-        logits.masked_fill_(future, -1e9)
+    logits = query @ key.transpose(2, 3) * scaling + _bias_of(module, query, key.shape[2])
     weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
+def _xformers_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: Any, scaling: float, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """The same by xformers, which needs a GPU and never holds the weights."""
+    from xformers.ops import memory_efficient_attention
+
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    bias = _bias_of(module, query, -(-key.shape[2] // 8) * 8)[..., : key.shape[2]]  # as it wants it
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scaling), None
+
+
 AttentionInterface.register("pasta_eager", _attention)
+AttentionInterface.register("pasta_xformers", _xformers_attention)
 
 
 class Reference:
-    """A model on transformers, threads as many as torch has."""
+    """A model on transformers, on a GPU where there is one; else threads as many as torch has.
 
-    def __init__(self, model: str, dtype: str) -> None:
+    Args:
+        model: Folder or name.
+        dtype: torch's name of it.
+        attention: "eager", or "xformers", an optional extra that needs a GPU.
+    """
+
+    def __init__(self, model: str, dtype: str, attention: str = "eager") -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), attn_implementation="pasta_eager"
-        ).eval()
+            model, dtype=getattr(torch, dtype), attn_implementation=f"pasta_{attention}"
+        )
+        self._model.eval().to(self._device)
 
     @torch.inference_mode()
     def run(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -57,7 +86,8 @@ class Reference:
         for i, item in enumerate(batch):
             ids[i, length - len(item["ids"]) :] = torch.tensor(item["ids"])
             _padding[i, length - len(item["ids"]) :] = False
-        _bias = self._biases(batch, length)
+        ids, _padding = ids.to(self._device), _padding.to(self._device)
+        _bias = {i: bias.to(self._device) for i, bias in self._biases(batch, length).items()}
         began = time.perf_counter()
         positions = (~_padding).long().cumsum(1).sub(1).clamp(min=0)
         cache, tokens = None, []

@@ -2,7 +2,8 @@
 
 Two engines run side by side, one of them stopped (SIGSTOP) while the other is timed: stock vLLM
 with the plugin switched off, and the same with it on. First it is checked that plain requests get
-the same tokens on both. Needs only the model; see --help.
+the same tokens on both. Needs only the model; see --help. On a GPU, any model
+of the hub: ``--model Qwen/Qwen3-8B --workloads plain steered seka``.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Workload
+import torch
+
+from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model, Workload
 
 
 class Engine:
@@ -72,52 +75,56 @@ class Engine:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All chosen workloads on both engines."""
-    engines = []
+    engines, model = [], Model.of(options.model)
     try:
         for name in ("vllm", "pasta"):
             say(f"starting {name} …")
             engines.append(Engine(name, options))
         plain, pasta = engines
-        check_equal(plain, pasta)
+        check_equal(model, plain, pasta)
         rows = []
         for key in options.workloads:
-            rows.append({"workload": key, **compare(WORKLOADS[key], plain, pasta, options.runs)})
+            rows.append(
+                {"workload": key, **compare(WORKLOADS[key], model, plain, pasta, options.runs)}
+            )
             say(format_row(WORKLOADS[key], rows[-1]))
         sweeps = {
             name: [
-                {"x": x, **compare(workload, plain, pasta, options.sweep_runs)}
+                {"x": x, **compare(workload, model, plain, pasta, options.sweep_runs)}
                 for x, workload in progress(name, points)
             ]
             for name, points in (SWEEPS.items() if options.sweep_runs else ())
         }
         reference = {}
         if options.reference:
-            reference = compare_reference(pasta, options)
+            reference = compare_reference(model, pasta, options)
         return {"rows": rows, "sweeps": sweeps, "reference": reference}
     finally:
         for engine in engines:
             engine.close()
 
 
-def check_equal(plain: Engine, pasta: Engine) -> None:
+def check_equal(model: Model, plain: Engine, pasta: Engine) -> None:
     """Plain requests get the same tokens on both; steered ones get others."""
     short = Workload("check", 0, requests=8, prompt_tokens=256, output_tokens=32, steered=0)
-    answers = [engine.ask(batch=short.batch(0)) for engine in (plain, pasta)]
+    answers = [engine.ask(batch=short.batch(0, model)) for engine in (plain, pasta)]
     if answers[0]["tokens"] != answers[1]["tokens"]:
         raise SystemExit("plain requests got other tokens with the plugin than without")
-    steered = Workload("check", 0, requests=8, prompt_tokens=256, output_tokens=32, heads=270)
-    batch = steered.batch(0)
+    steered = Workload("check", 0, requests=8, prompt_tokens=256, output_tokens=32, heads=1.0)
+    batch = steered.batch(0, model)
     if pasta.ask(batch=batch)["tokens"] == answers[1]["tokens"]:
         raise SystemExit("emphasis changed no token")
     say("checked: plain requests get the same tokens with and without the plugin")
 
 
-def compare(workload: Workload, plain: Engine, pasta: Engine, runs: int) -> dict[str, Any]:
+def compare(
+    workload: Workload, model: Model, plain: Engine, pasta: Engine, runs: int
+) -> dict[str, Any]:
     """Times both, alternating. Plain vLLM gets the same prompts without emphasis."""
     figures: dict[str, list[float]] = {"vllm": [], "pasta": []}
     memory = {}
     for i in range(runs + 1):  # the first run warms up
-        batch = workload.batch(seed=i)
+        batch = workload.batch(i, model)
         without = [{**request, "emphasis": None} for request in batch]
         order = [(plain, without), (pasta, batch)]
         for engine, requests in order if i % 2 else reversed(order):
@@ -147,15 +154,15 @@ def compare(workload: Workload, plain: Engine, pasta: Engine, runs: int) -> dict
     }
 
 
-def compare_reference(pasta: Engine, options: argparse.Namespace) -> dict[str, Any]:
-    """Times transformers with eager attention on the same prompts, once, warmed up, against us."""
+def compare_reference(model: Model, pasta: Engine, options: argparse.Namespace) -> dict[str, Any]:
+    """Times transformers on the same prompts, once, warmed up, against us."""
     from benchmarks.reference import Reference
 
-    reference = Reference(options.model, options.dtype)
+    reference = Reference(options.model, options.dtype, options.reference)
     rows = {}
     for name, workload in progress("reference", REFERENCE.items()):
-        reference.run([{**r, "output_tokens": 2} for r in workload.batch(0)])
-        batch = workload.batch(1)
+        reference.run([{**r, "output_tokens": 2} for r in workload.batch(0, model)])
+        batch = workload.batch(1, model)
         tokens = sum(request["output_tokens"] for request in batch)
         theirs = tokens / max(reference.run(batch)["seconds"])
         ours = tokens / statistics.median(
@@ -186,6 +193,8 @@ def format_row(workload: Workload, row: dict[str, Any]) -> str:
 
 
 def hardware() -> dict[str, str]:
+    if torch.cuda.is_available():
+        return {"gpu": torch.cuda.get_device_name()}
     model = "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -222,8 +231,9 @@ def main() -> None:
     )
     parser.add_argument("--model", help="folder or name; default: SmolLM2-135M from its package")
     parser.add_argument(
-        "--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME",
-        help=f"which of {', '.join(WORKLOADS)} (default: all)",
+        "--workloads", nargs="*", choices=WORKLOADS, metavar="NAME",
+        default=[name for name in WORKLOADS if name != "seka"],
+        help=f"which of {', '.join(WORKLOADS)} (default: all but seka, which is for GPUs)",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument(
@@ -231,12 +241,17 @@ def main() -> None:
         help="also the plots' sweeps, with so many timed runs of each point (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--reference", action="store_true",
-        help="also against transformers with eager attention (10 minutes)",
+        "--reference", nargs="?", const="eager", choices=("eager", "xformers"),
+        help="also against transformers with eager attention (10 minutes), or with xformers', "
+        "which needs a GPU",
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--kv-cache-gib", type=int, default=2)
+    parser.add_argument("--kv-cache-gib", type=int, default=2, help="on a CPU (default: 2)")
+    parser.add_argument(
+        "--memory-utilization", type=float, default=0.42 if torch.cuda.is_available() else 0.05,
+        help="of the device, for each of the two engines (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     options = parser.parse_args()
     if options.model is None:

@@ -17,7 +17,7 @@ def main() -> None:
         dtype=options["dtype"],
         enforce_eager=options["eager"],
         max_model_len=4096,
-        gpu_memory_utilization=0.05,
+        gpu_memory_utilization=options["memory_utilization"],
         enable_prefix_caching=False,
         disable_log_stats=True,
     )

@@ -5,7 +5,22 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-LAYERS, HEADS = 30, 9  # SmolLM2-135M: query heads numbered over the whole model
+
+@dataclass(frozen=True)
+class Model:
+    """What a workload must know of a model: layers, query heads of each, tokens."""
+
+    layers: int = 30  # SmolLM2-135M's
+    heads: int = 9
+    vocabulary: int = 40_000
+
+    @classmethod
+    def of(cls, name: str) -> "Model":
+        """Of a folder or a name on the hub."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(name).get_text_config()
+        return cls(config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -16,8 +31,8 @@ class Workload:
         what: For the table.
         target: Least output throughput, ours / plain; for "latency", least plain / ours.
         requests, prompt_tokens, output_tokens: Sizes.
-        heads: How many query heads each steered request steers: fewer than 60 over 9 layers, more
-            over all 30.
+        heads: Share of the query heads that each steered request steers, one at least: below 0.2
+            over 0.3 of the layers, else over all.
         emphasised_tokens: Per steered request.
         steered: Share of requests that are steered.
         distinct: Whether every request has other heads, alpha and spans.
@@ -30,14 +45,14 @@ class Workload:
     requests: int = 32
     prompt_tokens: int = 512
     output_tokens: int = 64
-    heads: int = 27
+    heads: float = 0.1
     emphasised_tokens: int = 20
     steered: float = 1.0
     distinct: bool = False
     measure: str = "throughput"
     mixed: bool = False
 
-    def batch(self, seed: int) -> list[dict[str, Any]]:
+    def batch(self, seed: int, model: Model) -> list[dict[str, Any]]:
         """Requests as ``{"ids": [...], "output_tokens": n, "emphasis": {...} | None}``.
 
         Every seed gives new prompts, of the same lengths, marks and heads unless ``distinct``.
@@ -50,7 +65,7 @@ class Workload:
             if self.mixed:
                 prompt_tokens = _length(lengths, median=160, most=prompt_tokens)
                 output_tokens = _length(lengths, median=100, most=output_tokens)
-            ids = [rng.randrange(100, 40_000) for _ in range(prompt_tokens)]
+            ids = [rng.randrange(100, min(model.vocabulary, 40_000)) for _ in range(prompt_tokens)]
             emphasis = None
             if i < self.steered * self.requests:
                 pick = rng if self.distinct else random.Random(0)
@@ -58,7 +73,7 @@ class Workload:
                 emphasis = {
                     "spans": [[start, min(start + self.emphasised_tokens, prompt_tokens)]],
                     "alpha": pick.choice([0.001, 0.01, 0.1]) if self.distinct else 0.01,
-                    "heads": _heads(self.heads, pick),
+                    "heads": _heads(self.heads, model, pick),
                 }
             batch.append({"ids": ids, "output_tokens": output_tokens, "emphasis": emphasis})
         rng.shuffle(batch)
@@ -70,11 +85,14 @@ def _length(rng: random.Random, median: int, most: int) -> int:
     return min(most, max(24, round(median * math.exp(rng.gauss(0, 0.9)))))
 
 
-def _heads(count: int, rng: random.Random) -> dict[str, list[int]]:
-    if count == LAYERS * HEADS:
-        return {str(layer): list(range(HEADS)) for layer in range(LAYERS)}
-    layers = rng.sample(range(LAYERS), min(9 if count < 60 else 30, count))
-    return {str(layer): rng.sample(range(HEADS), count // len(layers)) for layer in layers}
+def _heads(share: float, model: Model, rng: random.Random) -> dict[str, list[int]]:
+    total = model.layers * model.heads
+    count = max(1, round(share * total))
+    if count == total:
+        return {str(layer): list(range(model.heads)) for layer in range(model.layers)}
+    spread = model.layers if share >= 0.2 else round(0.3 * model.layers)
+    layers = rng.sample(range(model.layers), max(1, min(spread, count)))
+    return {str(layer): rng.sample(range(model.heads), count // len(layers)) for layer in layers}
 
 
 WORKLOADS = {
@@ -82,12 +100,16 @@ WORKLOADS = {
     "steered": Workload("all steered, 27 of 270 heads over 9 layers, 20 tokens", 0.97),
     "long": Workload("the same, prompts of 2,048 tokens", 0.97, requests=8, prompt_tokens=2048),
     "distinct": Workload("each with other heads, alpha and spans", 0.95, distinct=True),
-    "all-heads": Workload("all 270 heads steered", 0.85, heads=270),
-    "one-head": Workload("one head each (profiling)", 0.85, heads=1, distinct=True),
+    "all-heads": Workload("all 270 heads steered", 0.85, heads=1.0),
+    "one-head": Workload("one head each (profiling)", 0.85, heads=0.0, distinct=True),
     "half": Workload(
         "half the requests steered: latency of the plain ones", 0.97, steered=0.5, measure="latency"
     ),
-}
+    "seka": Workload(
+        "SEKA's setting: 10 prompts of 3,000 tokens, 60 new", 0.95, requests=10,
+        prompt_tokens=3000, output_tokens=60, emphasised_tokens=200,
+    ),
+}  # fmt: skip
 
 _POINT = Workload("sweep", 0.0, requests=16, output_tokens=24)
 
@@ -97,7 +119,7 @@ SWEEPS: dict[str, list[tuple[int, Workload]]] = {
         for n in (128, 512, 1024, 2048, 3584)
     ],
     "steered heads, % of all": [
-        (round(100 * n / (LAYERS * HEADS)), replace(_POINT, heads=n)) for n in (9, 27, 60, 270)
+        (round(100 * share), replace(_POINT, heads=share)) for share in (9 / 270, 0.1, 60 / 270, 1)
     ],
     "emphasised tokens": [(n, replace(_POINT, emphasised_tokens=n)) for n in (1, 20, 80, 230)],
     "steered requests, %": [(n, replace(_POINT, steered=n / 100)) for n in (0, 25, 50, 100)],

@@ -24,7 +24,7 @@ from vllm_pasta.integration import lse, upstream
 from vllm_pasta.integration.backends import SteeringBuilder, SteeringImpl, steer
 from vllm_pasta.integration.plugin import GPU_BACKENDS
 from vllm_pasta.integration.rows import EmphasisRows
-from vllm_pasta.kernels.triton import Batch, Workspace, steered_attention
+from vllm_pasta.kernels.triton import Batch, Workspace, steered_attention, variant
 
 FP8 = {
     "fp8": torch.float8_e4m3fn,
@@ -145,7 +145,7 @@ class GPUSteeringImpl(SteeringImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._compiled: set[bool] = set()  # whether with one row per request
+        self._compiled: set[tuple[bool, bool]] = set()  # variants of the kernels
 
     def forward(
         self,
@@ -190,9 +190,9 @@ class GPUSteeringImpl(SteeringImpl):
     def _launches(self, steering: Steering) -> bool:
         """Also where nothing is steered: in graphs, which are replayed when something is; and the
         first time, at start, so that nothing is left to be compiled."""
-        is_decode = steering.batch.max_query_len == 1
-        if steering.is_steered or steering.must_launch or is_decode not in self._compiled:
-            self._compiled.add(is_decode)
+        kernels = variant(steering.num_tokens, steering.batch.max_query_len)
+        if steering.is_steered or steering.must_launch or kernels not in self._compiled:
+            self._compiled.add(kernels)
             return True
         return torch.cuda.is_available() and bool(torch.cuda.is_current_stream_capturing())
 

@@ -4,8 +4,8 @@ Two kernels, both launched over all rows of a step, whatever is steered, so that
 hold them: a program that finds nothing to do for its request, KV head or rows ends at once.
 
 - **direct**: attention over all keys of the steered (row, head) pairs with ``log(alpha)`` on the
-  scaled keys. In decoding, the keys of a row are split among programs and merged by a second
-  launch, as in split-KV decoding.
+  scaled keys. Where a step has few rows, their keys are split among programs, and a second launch
+  puts the parts together.
 - **merge**: where the backend gives the log-sum-exp of its plain attention, and alpha < 1. With P
   the plain output and Z its sum of weights, U the emphasised and the generated keys, Z_U and N_U
   their sums of weights and of weighted values,
@@ -17,6 +17,7 @@ hold them: a program that finds nothing to do for its request, KV head or rows e
 ``kernels.reference`` says what both compute; ``buffers`` what a slot's row holds.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from vllm_pasta.kernels import triton_kernels
 from vllm_pasta.plan import LayerAttention
 
 SPLITS = 16
-"""Programs that share a row's keys in decoding."""
+"""Programs that share a row's keys where a step has few rows."""
 MAX_SPLIT_TOKENS = 64
 """Most rows of a step whose keys are split; more rows are programs enough."""
 
@@ -74,6 +75,11 @@ class Workspace:
         return sum(t.numel() * t.element_size() for t in (self.sums, self.states))
 
 
+def variant(num_tokens: int, max_query_len: int) -> tuple[bool, bool]:
+    """What of a step's size decides which compiled kernels a layer launches."""
+    return max_query_len == 1, num_tokens <= MAX_SPLIT_TOKENS
+
+
 def steered_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -108,16 +114,20 @@ def steered_attention(
     """
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
-    _check(query, kv_cache, output, attention, scales)
-    group_size = num_heads // num_kv_heads
     num_requests = len(batch.seq_lens)
-    is_decode = batch.max_query_len == 1
+    _check(
+        *((x.dtype, x.shape[1:], x.stride(-1)) for x in (query, output, kv_cache)),
+        num_requests, len(buffers.slots), scales is not None,
+        (attention.scale, attention.window, attention.soft_cap),
+    )  # fmt: skip
+    group_size = num_heads // num_kv_heads
+    is_decode, is_split = variant(num_tokens, batch.max_query_len)
     block_m = max(16, triton.next_power_of_2(group_size) * (1 if is_decode else 4))
     block_m = block_m if is_decode else max(block_m, 64)
     block_q = max(1, block_m // group_size)
     # Each request's rows begin a block of their own: at most this many blocks in all.
     blocks = num_requests if is_decode else num_tokens // block_q + num_requests
-    splits = SPLITS if is_decode and num_tokens <= MAX_SPLIT_TOKENS else 1
+    splits = SPLITS if is_split else 1
     merges = lse is not None and attention.sinks is None
     flat = (
         query, kv_cache, output,
@@ -156,46 +166,49 @@ def steered_attention(
         *flat, **constants, SPLITS=splits, SKIPS_MERGED=merges, **options
     )
     if splits > 1:
-        triton_kernels.put_together[(num_requests, num_heads)](
+        triton_kernels.put_together[(num_tokens, num_heads)](
             output, buffers.rows, buffers.slots, batch.query_start, batch.seq_lens,
-            workspace.sums, workspace.states,
+            workspace.sums, workspace.states, num_requests,
             HEADER + layer * buffers.words, buffers.rows.stride(0), *output.stride()[:2],
             HEAD=head_size, HEAD_PADDED=constants["HEAD_PADDED"], SPLITS=splits,
             SKIPS_MERGED=merges, num_warps=2,
         )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
 def _check(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    output: torch.Tensor,
-    attention: LayerAttention,
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
+    query: tuple[torch.dtype, tuple[int, ...], int],
+    output: tuple[torch.dtype, tuple[int, ...], int],
+    kv_cache: tuple[torch.dtype, tuple[int, ...], int],
+    num_requests: int,
+    num_slots: int,
+    has_scales: bool,
+    attention: tuple[float, int | None, float | None],
 ) -> None:
-    fp8 = kv_cache.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    """Checks what all calls of a kind have in common, once.
+
+    Args:
+        query, output, kv_cache: dtype, shape but for the first dimension, last stride.
+        attention: Scale, window and soft cap.
+    """
+    (dtype, heads, _), (cache_dtype, cache, _) = query, kv_cache
+    fp8 = cache_dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
     expected = {
-        "query and output of one shape": query.shape == output.shape,
+        "query and output of one shape": heads == output[1],
         "kv_cache [num_blocks, num_kv_heads, block_size, 2 * head_size]": (
-            kv_cache.dim() == 4 and kv_cache.shape[3] == 2 * query.shape[2]
+            len(cache) == 3 and cache[2] == 2 * heads[1]
         ),
-        "rows contiguous in the last dimension": (
-            query.stride(2) == output.stride(2) == kv_cache.stride(3) == 1
-        ),
+        "rows contiguous in the last dimension": query[2] == output[2] == kv_cache[2] == 1,
         "a KV cache in the query's dtype, or fp8 with scales": (
-            kv_cache.dtype == query.dtype if scales is None else fp8
+            fp8 if has_scales else cache_dtype == dtype
         ),
-        "a number of heads that is a multiple of the KV heads": (
-            query.shape[1] % kv_cache.shape[1] == 0
-        ),
-        "scale, window and soft_cap above 0": (
-            attention.scale > 0
-            and (attention.window is None or attention.window > 0)
-            and (attention.soft_cap is None or attention.soft_cap > 0)
-        ),
+        "a number of heads that is a multiple of the KV heads": heads[0] % cache[0] == 0,
+        "no more requests than buffers.slots has room for": num_requests <= num_slots,
+        "scale, window and soft_cap above 0": all(x is None or x > 0 for x in attention),
     }
     if missing := [text for text, holds in expected.items() if not holds]:
         raise ValueError(
-            f"steered attention: expected {'; '.join(missing)}; got query {tuple(query.shape)} "
-            f"{query.dtype}, output {tuple(output.shape)}, kv_cache {tuple(kv_cache.shape)} "
-            f"{kv_cache.dtype} with strides {kv_cache.stride()}, {attention}"
+            f"steered attention: expected {'; '.join(missing)}; got query {query}, output "
+            f"{output}, kv_cache {kv_cache} (dtype, shape but for the first, last stride), "
+            f"{num_requests} requests for {num_slots} slots, scale, window and soft cap {attention}"
         )

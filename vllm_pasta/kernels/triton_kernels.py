@@ -224,26 +224,32 @@ def direct(
         )
 
 
-@triton.jit(do_not_specialize=_VARYING[-1:])
+@triton.jit(do_not_specialize=_VARYING)
 def put_together(
-    output, rows, slots, query_start, seq_lens, sums, states,
+    output, rows, slots, query_start, seq_lens, sums, states, num_requests,
     heads_offset, stride_slot, stride_o_row, stride_o_head,
     HEAD: tl.constexpr, HEAD_PADDED: tl.constexpr, SPLITS: tl.constexpr,
     SKIPS_MERGED: tl.constexpr,
 ):  # fmt: skip
-    """The parts of each steered pair of a decoding step."""
-    request, head = tl.program_id(0), tl.program_id(1)
+    """The parts of each steered pair."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    low, high = 0, num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) <= token:
+            low = middle + 1
+        else:
+            high = middle
+    request = low - 1
+    end = tl.load(query_start + request + 1)
     slot = tl.load(slots + request)
-    if slot < 0:
+    if slot < 0 or token >= end:
         return
     state = rows + slot.to(tl.int64) * stride_slot
+    if tl.load(seq_lens + request) - end + token < tl.load(state + _FIRST):
+        return
     word = tl.load(state + heads_offset + head // 32)
     if ((word >> (head % 32)) & 1) == 0:
-        return
-    token = tl.load(query_start + request)
-    if tl.load(query_start + request + 1) == token:
-        return
-    if tl.load(seq_lens + request) - 1 < tl.load(state + _FIRST):
         return
     if SKIPS_MERGED and tl.load(state + _LOG_ALPHA).to(tl.float32, bitcast=True) < 0:
         return
