@@ -209,17 +209,17 @@ def test_model_that_cannot_be_steered(reason, tmp_path):
         support.check_engine(config)
 
 
-def test_gpu_and_model_runner_v2(small_batches, monkeypatch):
+def test_other_platform_and_model_runner_v2(small_batches, monkeypatch):
     """Not reached on a CPU, so what vLLM says of itself is changed."""
     from types import SimpleNamespace
 
     from vllm_pasta.integration import support
 
     config = small_batches.llm_engine.vllm_config
-    gpu = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
-    monkeypatch.setattr(support, "current_platform", gpu)
+    rocm = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="rocm")
+    monkeypatch.setattr(support, "current_platform", rocm)
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    with pytest.raises(UnsupportedError, match="platform is cuda, not cpu; Model Runner V2"):
+    with pytest.raises(UnsupportedError, match="is rocm, not cpu or cuda; Model Runner V2"):
         support.check_engine(config)
 
 

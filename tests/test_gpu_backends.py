@@ -28,6 +28,7 @@ from vllm_pasta.errors import ConfigError, UnsupportedError
 from vllm_pasta.heads import HeadSet
 from vllm_pasta.integration import gpu_backends, plugin, rows, support
 from vllm_pasta.integration.backends import SteeringImpl
+from vllm_pasta.plan import LayerAttention
 
 CPU = torch.device("cpu")
 INSTALLED = Path(find_spec("vllm").origin).parent
@@ -408,3 +409,137 @@ def test_no_cascade():
     assert made.use_cascade_attention()
     made._rows = object()
     assert not made.use_cascade_attention()
+
+
+class Plain:
+    """In place of a base's impl: its output is 7 everywhere."""
+
+    num_heads, head_size = 4, 32
+    sinks = None
+
+    def __init__(self, kv_cache_dtype="auto", version=None):
+        self.kv_cache_dtype, self.vllm_flash_attn_version = kv_cache_dtype, version
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *_):
+        return output.fill_(7)
+
+
+class PlainImpl(gpu_backends.GPUSteeringImpl, Plain):
+    pass
+
+
+@pytest.fixture
+def impl(monkeypatch):
+    """Makes a steered impl of layer 1; `calls` holds the arguments of every launch."""
+    calls = []
+
+    def make(*args):
+        made = PlainImpl(*args)
+        made.layer_index, made.attention = 1, LayerAttention(scale=1.0)
+        return made
+
+    kernel = gpu_backends.steered_attention
+    monkeypatch.setattr(
+        gpu_backends, "steered_attention", lambda *args: calls.append(args) or kernel(*args)
+    )
+    make.calls = calls
+    return make
+
+
+def forward(impl, metadata, query, cache):
+    layer = SimpleNamespace(
+        _q_scale=torch.tensor(0.5), _k_scale=torch.tensor(0.25), _v_scale=torch.tensor(2.0)
+    )
+    output = torch.zeros(query.shape)
+    impl.forward(layer, query, None, None, cache, metadata, output)
+    return output
+
+
+def step_of(made, num_tokens):
+    """A step of one request with ``num_tokens`` query rows, in the cache's second block."""
+    return made.build(0, common(1, num_tokens, block_table_tensor=torch.tensor([[1]]).int()))
+
+
+def test_launched_where_needed(config, v2, impl):
+    """Once each kind of step at first, so that no graph's capture compiles; then with steering."""
+    made, layer = builder(config), impl()
+    query, cache = torch.randn(4, 4, 32), torch.randn(2, 2, 16, 64)
+    for num_tokens in (1, 1, 4, 4, 1):
+        assert (forward(layer, step_of(made, num_tokens), query, cache) == 7).all()
+    assert len(impl.calls) == 2
+    v2.add_request(0, params(heads={"1": [0]}))
+    output = forward(layer, step_of(made, 4), query, cache)
+    assert len(impl.calls) == 3
+    assert (output[:, 1:] == 7).all()
+    assert (output[:, 0] != 7).all()
+    v2.add_request(0, params(None))
+    assert (forward(layer, step_of(made, 4), query, cache) == 7).all()
+    assert len(impl.calls) == 3
+    forward(layer, made.build_for_cudagraph_capture(common(1)), query, cache)
+    assert len(impl.calls) == 4
+    assert (forward(layer, None, query, cache) == 7).all()  # memory profiling
+
+
+def test_padding(config, v2, impl):
+    """Rows beyond the step's, which a graph may add, stay the base's."""
+    made, layer = builder(config), impl()
+    v2.add_request(0, params(heads={"1": [0, 1, 2, 3]}))
+    query, cache = torch.randn(9, 4, 32), torch.randn(2, 2, 16, 64)
+    output = forward(layer, step_of(made, 4), query, cache)
+    assert (output[:4] != 7).all()
+    assert (output[4:] == 7).all()
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e5m2"])
+def test_fp8(cache_dtype, config, v2, impl):
+    """vLLM keeps such a cache as bytes, and may quantise the query too: as without, on what the
+    numbers stand for."""
+    made, (layer, other) = builder(config), (impl(cache_dtype), impl())
+    v2.add_request(0, params(heads={"1": [0, 1, 2, 3]}))
+    dtype = gpu_backends.FP8[cache_dtype]
+    query, cache = torch.randn(4, 4, 32).to(dtype), torch.randn(2, 2, 16, 64).to(dtype)
+    got = forward(layer, step_of(made, 4), query, cache.view(torch.uint8))
+    scales = torch.cat([torch.full((32,), 0.25), torch.full((32,), 2.0)])
+    wanted = forward(other, step_of(made, 4), query.float() * 0.5, cache.float() * scales)
+    assert (wanted != 7).all()
+    assert (got - wanted).abs().max() < 1e-5
+
+
+def test_log_sum_exp_is_asked_for(config, v2, impl, monkeypatch):
+    """Of FlashAttention 2 and 3, in both ways; what is of another form is not used."""
+    from vllm_pasta.integration import lse
+
+    made = builder(config)
+    v2.add_request(0, params())
+    query, cache = torch.randn(4, 4, 32), torch.randn(2, 2, 16, 64)
+    given = torch.randn(4, 4)
+
+    def flash(**options):
+        return ("output", given) if options.get("return_softmax_lse") else "output"
+
+    wrapped = lse.flash_attention(flash)
+    assert wrapped() == "output"
+
+    def by_wrapping(self, *args):
+        assert wrapped() == "output"
+
+    def by_diff(self, *args):
+        if self.on_softmax_lse is not None:
+            self.on_softmax_lse(flash(return_softmax_lse=True)[1])
+
+    for way in (by_wrapping, by_diff):
+        monkeypatch.setattr(Plain, "forward", way)
+        for options, is_used in (
+            (("auto", 2), True), (("auto", 3), True), (("auto", 4), False), (("fp8", 3), False),
+            (("auto", None), False),
+        ):  # fmt: skip
+            layer = impl(*options)
+            layer_cache = cache.to(torch.float8_e4m3fn) if options[0] == "fp8" else cache
+            forward(layer, step_of(made, 4), query, layer_cache)
+            used = impl.calls[-1][-1]
+            assert (used is not None) == is_used, options
+            assert not is_used or torch.equal(used, given.t())
+    given = torch.randn(1, 4, 4)
+    forward(impl("auto", 2), step_of(made, 4), query, cache)
+    assert impl.calls[-1][-1] is None
+    assert wrapped() == "output"  # not asked outside
