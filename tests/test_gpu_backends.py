@@ -18,7 +18,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from patches.check_upstream import _GPU as BASES
@@ -393,22 +393,6 @@ def test_no_fused_quantisation(monkeypatch):
     for may_steer in (True, False):
         impl.may_steer = may_steer
         assert impl.fused_output_quant_supported(None) is not may_steer
-
-
-def test_no_cascade():
-    """vLLM 0.31's builders may split the keys of a step; not with emphasis."""
-
-    class Base(AttentionMetadataBuilder):
-        def use_cascade_attention(self):
-            return True
-
-    class Builder(gpu_backends.GPUSteeringBuilder, Base):
-        pass
-
-    made = Builder.__new__(Builder)
-    assert made.use_cascade_attention()
-    made._rows = object()
-    assert not made.use_cascade_attention()
 
 
 class Plain:

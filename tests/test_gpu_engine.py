@@ -68,10 +68,9 @@ def test_equals_the_oracle(report, expected):
     backend, v2, report = report
     assert report["backends"] == [backend]
     assert report["runner"].startswith("vllm.v1.worker.cpu.") == (v2 == "1")
-    assert report["plain"] == [expected[0], expected[4]]
+    assert report["plain"] == expected[:1]
     assert report["mixed"] == expected
-    assert report["again"] == expected
-    assert report["alone"] == expected[1:3]
+    assert report["again"] == expected[:3]
 
 
 def test_log_sum_exp(report):
@@ -80,7 +79,14 @@ def test_log_sum_exp(report):
     layers = 2
     once = 2 * layers  # with one row a request, and with several
     assert report["asked before"] == (once if backend == "FLASH_ATTN" else 0)
-    assert (report["asked"] > 10 * layers) == (backend == "FLASH_ATTN")
+    assert (report["asked"] > 8 * layers) == (backend == "FLASH_ATTN")
+
+
+def test_cases_differ(expected):
+    """Else equal tokens would prove little: prompts are the same, emphasis is not."""
+    for same in ((0, 2, 6), (1, 3, 5)):
+        n = min(len(expected[i]) for i in same)
+        assert len({tuple(expected[i][:n]) for i in same}) == len(same)
 
 
 def test_wants_to_be_asked_for(report):

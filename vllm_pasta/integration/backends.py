@@ -69,10 +69,6 @@ class SteeringBuilder:
         )
         return metadata
 
-    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
-        """Not with emphasis: it splits the keys in two. (Of vLLM 0.31; 0.32 has no such thing.)"""
-        return self._rows is None and super().use_cascade_attention(*args, **kwargs)  # type: ignore[misc]
-
     def _prepare(self, rows: EmphasisRows) -> None:
         """Makes what steered steps will need, at start."""
 
