@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput import describe, say
+from benchmarks.throughput import MEMORY_UTILIZATION, describe, say
 
 EMPHASIS = {"spans": [[16, 36]], "heads": "smollm2-135m-instruct"}
 METRICS = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "output_throughput")
@@ -44,7 +44,8 @@ class Server:
         self.process = subprocess.Popen(
             [VLLM, "serve", options.model, "--served-model-name", "m", "--host", "127.0.0.1",
              "--port", str(self.port), "--max-model-len", "2048", "--no-enable-prefix-caching",
-             "--gpu-memory-utilization", "0.05", "--dtype", options.dtype],
+             "--gpu-memory-utilization", str(MEMORY_UTILIZATION), "--dtype", options.dtype,
+             *(["--pasta-gpu", "experimental"] if name == "pasta" else [])],
             env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         self._wait()

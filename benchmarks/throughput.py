@@ -24,6 +24,9 @@ import torch
 
 from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model, Workload
 
+MEMORY_UTILIZATION = 0.42 if torch.cuda.is_available() else 0.05
+"""Of the device, for each of two engines."""
+
 
 class Engine:
     """An engine in a process group of its own, stopped unless it is asked."""
@@ -249,7 +252,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--kv-cache-gib", type=int, default=2, help="on a CPU (default: 2)")
     parser.add_argument(
-        "--memory-utilization", type=float, default=0.42 if torch.cuda.is_available() else 0.05,
+        "--memory-utilization", type=float, default=MEMORY_UTILIZATION,
         help="of the device, for each of the two engines (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write the results here")

@@ -1,6 +1,7 @@
 """One engine of the throughput benchmark: reads batches as JSON lines, answers with timings."""
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -20,6 +21,8 @@ def main() -> None:
         gpu_memory_utilization=options["memory_utilization"],
         enable_prefix_caching=False,
         disable_log_stats=True,
+        # Which counts on a GPU alone.
+        additional_config={"pasta": {"gpu": "experimental"}} if os.environ["VLLM_PLUGINS"] else {},
     )
     engine = llm.llm_engine
     answer({})
