@@ -52,7 +52,7 @@ class SteeringBuilder:
             layers[name].impl.attention = layer_attention(layers[name].impl)
             layers[name].impl.layer_index = extract_layer_index(name)
         self._rows = rows_of(vllm_config)
-        self._prepare(self._rows)
+        self._prepare(self._rows, [layers[name].impl for name in names])
 
     def build(
         self,
@@ -69,8 +69,8 @@ class SteeringBuilder:
         )
         return metadata
 
-    def _prepare(self, rows: EmphasisRows) -> None:
-        """Makes what steered steps will need, at start."""
+    def _prepare(self, rows: EmphasisRows, impls: list[Any]) -> None:
+        """Makes what steered steps of these layers will need, at start."""
 
     def _steering(self, rows: EmphasisRows, common: CommonAttentionMetadata, metadata: Any) -> Any:
         """What the impls of this group need to know of a step."""

@@ -19,7 +19,7 @@ from vllm_pasta.plan import StepPlan
 class CPUSteeringBuilder(SteeringBuilder):
     """A step's steering is a `StepPlan`, or None where no row is steered."""
 
-    def _prepare(self, rows: EmphasisRows) -> None:
+    def _prepare(self, rows: EmphasisRows, impls: list[Any]) -> None:
         prepare()
 
     def _steering(

@@ -40,7 +40,7 @@ class Steering:
 
     Attributes:
         buffers: Who is steered how, and in which rows of this step.
-        workspaces: By heads and head size; made when first needed.
+        workspaces: What the launches of a layer share with those of others, by heads and head size.
         batch: The step's requests.
         num_tokens: Of the step; rows from there on are padding.
         must_launch: Whether kernels are launched though nothing is steered: for a graph.
@@ -54,13 +54,6 @@ class Steering:
     is_steered: bool
     must_launch: bool = False
 
-    def workspace(self, num_heads: int, head_size: int) -> Workspace:
-        """What the launches of a layer share with those of others."""
-        key = (num_heads, head_size)
-        if key not in self.workspaces:
-            self.workspaces[key] = Workspace(*key, self.buffers.device)
-        return self.workspaces[key]
-
 
 class GPUSteeringBuilder(SteeringBuilder):
     """A step's steering is a `Steering`; None for a draft model's own steps."""
@@ -70,9 +63,11 @@ class GPUSteeringBuilder(SteeringBuilder):
     _is_capturing = _is_drafting = False
     _buffers: SteeringBuffers
 
-    def _prepare(self, rows: EmphasisRows) -> None:
+    def _prepare(self, rows: EmphasisRows, impls: list[Any]) -> None:
         self._buffers = rows.buffers_on(self.device)
         self._workspaces = rows.workspaces
+        for size in {(impl.num_heads, impl.head_size) for impl in impls} - rows.workspaces.keys():
+            rows.workspaces[size] = Workspace(*size, self.device)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         self._is_capturing = True
@@ -168,7 +163,7 @@ class GPUSteeringImpl(SteeringImpl):
             return super().forward(*arguments)  # type: ignore[misc, no-any-return]
         if steering is None:
             raise UnsupportedError("a draft model's step reached a layer that is to be steered")
-        if not self._launches(steering):
+        if not self._launches(steering, query.is_cuda):
             return super().forward(*arguments)  # type: ignore[misc, no-any-return]
         with lse.asking(self) as answer:
             result: torch.Tensor = super().forward(*arguments)  # type: ignore[misc]
@@ -182,19 +177,19 @@ class GPUSteeringImpl(SteeringImpl):
                 query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
         steered_attention(
             query, kv_cache, output, steering.buffers, self.layer_index, steering.batch,
-            self.attention, steering.workspace(self.num_heads, self.head_size),
+            self.attention, steering.workspaces[self.num_heads, self.head_size],
             scales, answer.of(query),
         )  # fmt: skip
         return result
 
-    def _launches(self, steering: Steering) -> bool:
+    def _launches(self, steering: Steering, is_cuda: bool) -> bool:
         """Also where nothing is steered: in graphs, which are replayed when something is; and the
         first time, at start, so that nothing is left to be compiled."""
         kernels = variant(steering.num_tokens, steering.batch.max_query_len)
         if steering.is_steered or steering.must_launch or kernels not in self._compiled:
             self._compiled.add(kernels)
             return True
-        return torch.cuda.is_available() and bool(torch.cuda.is_current_stream_capturing())
+        return is_cuda and bool(torch.cuda.is_current_stream_capturing())
 
 
 _made: dict[str, type[AttentionBackend]] = {}

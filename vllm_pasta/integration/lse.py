@@ -32,8 +32,9 @@ class Answer(threading.local):
         self.lse = lse
 
     def of(self, query: torch.Tensor) -> torch.Tensor | None:
-        """As ``[num_tokens, num_heads]``; None where it was not given, or is of another form."""
-        lse = self.lse
+        """As ``[num_tokens, num_heads]``, once, so that its memory is free when it was read; None
+        where it was not given, or is of another form."""
+        lse, self.lse = self.lse, None
         if lse is None or lse.shape != query.shape[1::-1] or lse.dtype != torch.float32:
             return None
         return lse.t()

@@ -74,7 +74,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     Attributes:
         is_honoured: Whether an attention backend asked for the rows.
         is_told: Whether attention metadata tells the rows, and not `update_state`.
-        workspaces: What a GPU backend's layers share; its own business.
+        workspaces: What layers of a size share, by heads and head size; the GPU backends' business.
 
     Raises:
         UnsupportedError: emphasis is on, and a layer of the model that V2 has loaded by then is
