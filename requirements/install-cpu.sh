@@ -40,7 +40,7 @@ if ! install "$torch"; then
     fail "no $torch from either source; check the connection and pip's configuration"
 fi
 
-say "the CPU stack, pinned in requirements/cpu.txt (about 700 MB with torch)"
+say "the CPU stack, pinned in requirements/cpu.txt (about 770 MB with torch)"
 install --requirement requirements/cpu.txt
 
 say "vllm-pasta itself, editable"
