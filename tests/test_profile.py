@@ -115,6 +115,17 @@ def test_prompts(prompter):
     assert emphasised(prompter, starred) == "three four"
 
 
+@pytest.mark.parametrize(
+    ("foil", "judged"),
+    [("", "eight nine ten"), ("eight seven ten", "nine"), ("eight nine ten", "eight nine ten")],
+)
+def test_judged_tokens(prompter, foil, judged):
+    """A likelihood is judged by the words that a wrong answer has not."""
+    probe = Probe("p", "", "one", "", "eight nine ten", foil, likelihood=True)
+    prompt = prompter.build(probe, methods.PLAIN)
+    assert decoded(prompter, [prompt.target[i] for i in prompt.judged]).strip() == judged
+
+
 def test_chat_prompts(smollm2):
     """In the template; a demonstration is a turn of its own."""
     from transformers import AutoTokenizer

@@ -20,7 +20,6 @@ from vllm_pasta.tasks.metrics import (
     json_objects,
 )
 
-
 MAX_TOKENS = 128
 """As in the reference implementation: an object that is begun late is still closed."""
 RANKING_TOKENS = 64
@@ -115,7 +114,14 @@ class PronounChanging(_Biographies):
         target = _THEY.sub(lambda match: _they(match[0]), text)
         return [
             Probe(
-                "answer", f"{text}\n\n", instruction, "", target, max_tokens=MAX_TOKENS, chat=True
+                "answer",
+                f"{text}\n\n",
+                instruction,
+                "",
+                target,
+                foil=text,
+                max_tokens=MAX_TOKENS,
+                chat=True,
             )
         ]
 
