@@ -40,18 +40,20 @@ BASELINES = zero-shot,starred,quoted,few-shot
 heads: $(STAMP) ## find SmolLM2's heads for the paper's tasks, and the README's tables (two hours)
 	$(VENV)/bin/pip install --quiet matplotlib
 	mkdir -p heads
-	$(VENV)/bin/vllm-pasta profile --tasks counterfact --top-k auto --out heads/counterfact.json
-	$(PROFILE) --tasks json --top-k 20 --out heads/json.json
-	for task in pronouns biasbios; do \
+	for task in json pronouns biasbios counterfact; do \
 		$(PROFILE) --tasks $$task --alpha 0.1 --top-k auto --out heads/$$task.json || exit; \
 	done
-	$(EVAL) --tasks counterfact --examples 500 \
-		--methods $(BASELINES),all,layers:20-24,heads/counterfact.json \
-		--head-counts 1,3,8,12,20,50,100 --out heads/eval.jsonl --plots heads/eval.png
-	for task in json pronouns biasbios counterfact; do \
-		$(EVAL) --tasks $$task --alpha 0.1 --out heads/eval-$$task.jsonl \
+	$(PROFILE) --tasks json --top-k 20 --out heads/json-20.json
+	$(VENV)/bin/vllm-pasta profile --tasks counterfact --top-k auto --out heads/counterfact-full.json
+	$(VENV)/bin/python -m benchmarks.heads heads/json.json heads/pronouns.json \
+		heads/biasbios.json heads/counterfact.json --out heads/by-number.png
+	for task in json-20 pronouns biasbios counterfact; do \
+		$(EVAL) --tasks $${task%-*} --alpha 0.1 --out heads/eval-$$task.jsonl \
 			--methods $(BASELINES),heads/$$task.json || exit; \
 	done
+	$(EVAL) --tasks counterfact --examples 500 \
+		--methods $(BASELINES),all,layers:20-24,heads/counterfact-full.json \
+		--head-counts 1,3,8,12,20,50,100 --out heads/eval.jsonl --plots heads/eval.png
 
 check: $(STAMP) ## linters and type checker
 	$(VENV)/bin/ruff check .
