@@ -37,13 +37,27 @@ bench: $(STAMP) ## all benchmarks, against plain vLLM, with plots (an hour; BENC
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 # Resumable: what was answered stays in heads/. VLLM_PASTA_DATA names the folder of CounterFact.
-heads: $(STAMP) ## find SmolLM2's heads for CounterFact, and the README's table (half an hour)
+PROFILE = $(VENV)/bin/vllm-pasta profile --search gradient --likelihood --examples 40
+EVAL = $(VENV)/bin/vllm-pasta eval --generations 100 --markdown
+BASELINES = zero-shot,starred,quoted,few-shot
+
+heads: $(STAMP) ## find SmolLM2's heads for the paper's tasks, and the README's tables (two hours)
 	$(VENV)/bin/pip install --quiet matplotlib
 	mkdir -p heads
-	$(VENV)/bin/vllm-pasta profile --tasks counterfact --top-k auto --out heads/counterfact.json
-	$(VENV)/bin/vllm-pasta eval --tasks counterfact --examples 500 --generations 100 \
-		--methods zero-shot,starred,quoted,few-shot,all,layers:20-24,heads/counterfact.json \
-		--head-counts 1,3,8,12,20,50,100 --out heads/eval.jsonl --plots heads/eval.png --markdown
+	for task in json pronouns biasbios counterfact; do \
+		$(PROFILE) --tasks $$task --alpha 0.1 --top-k auto --out heads/$$task.json || exit; \
+	done
+	$(PROFILE) --tasks json --top-k 20 --out heads/json-20.json
+	$(VENV)/bin/vllm-pasta profile --tasks counterfact --top-k auto --out heads/counterfact-full.json
+	$(VENV)/bin/python -m benchmarks.heads heads/json.json heads/pronouns.json \
+		heads/biasbios.json heads/counterfact.json --out heads/by-number.png
+	for task in json-20 pronouns biasbios counterfact; do \
+		$(EVAL) --tasks $${task%-*} --alpha 0.1 --out heads/eval-$$task.jsonl \
+			--methods $(BASELINES),heads/$$task.json || exit; \
+	done
+	$(EVAL) --tasks counterfact --examples 500 \
+		--methods $(BASELINES),all,layers:20-24,heads/counterfact-full.json \
+		--head-counts 1,3,8,12,20,50,100 --out heads/eval.jsonl --plots heads/eval.png
 
 check: $(STAMP) ## linters and type checker
 	$(VENV)/bin/ruff check .

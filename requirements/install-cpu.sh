@@ -53,7 +53,7 @@ else
   cp requirements/cpu.txt "$scratch/pins"
 fi
 
-say "the CPU stack, pinned in requirements/ (about 700 MB with torch)"
+say "the CPU stack, pinned in requirements/ (about 970 MB with torch)"
 install --requirement "$scratch/pins"
 
 say "vllm-pasta itself, editable"

@@ -12,9 +12,10 @@ from oracle import Oracle, Steering
 from vllm_pasta import HeadSet, cli
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling import engine as engine_module
-from vllm_pasta.profiling import methods
+from vllm_pasta.profiling import eval_command, methods
 from vllm_pasta.profiling.gradients import GradientModel
 from vllm_pasta.profiling.prompts import Prompter
+from vllm_pasta.profiling.ranking import Ranker
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Answer, Probe, load, sample
 
@@ -50,6 +51,24 @@ def decoded(prompter, ids):
 def emphasised(prompter, prompt):
     ((start, end),) = prompt.spans
     return decoded(prompter, prompt.ids[start:end])
+
+
+def test_files_without_ideal_answers(tmp_path):
+    """Are refused for what needs them; demonstrations are then of our own making."""
+    task = load("ifeval")
+    record = {"prompt": "Write, please.", "instruction_id_list": ["punctuation:no_comma"]}
+    messages = [{"role": role, "content": "Write, please."} for role in ("system", "user")]
+    lines = [{**record, "key": i, "kwargs": [{}], "messages": messages} for i in range(20)]
+    (tmp_path / "ifeval_separated.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train = sample(task, "train", 3, folder=tmp_path)
+    with pytest.raises(PastaError, match="--likelihood: needs ideal answers, and ifeval_separated"):
+        Ranker(None, None, task, train, 0.01, likelihood=True)
+    with pytest.raises(PastaError, match="--search gradient: needs ideal answers"):
+        Ranker(None, None, task, train, 0.01, likelihood=False).profile(EVERY, "gradient", "")
+    (shots,) = eval_command._shots([task], tmp_path).values()
+    assert [shot.target for shot in shots] == [
+        example.fields["target"] for example in sample(task, "train", 3).examples
+    ]
 
 
 def test_methods():
@@ -94,6 +113,17 @@ def test_prompts(prompter):
     starred = prompter.build(PROBE, methods.Method("starred", mark="*"))
     assert decoded(prompter, starred.ids) == "one two *three four* five"
     assert emphasised(prompter, starred) == "three four"
+
+
+@pytest.mark.parametrize(
+    ("foil", "judged"),
+    [("", "eight nine ten"), ("eight seven ten", "nine"), ("eight nine ten", "eight nine ten")],
+)
+def test_judged_tokens(prompter, foil, judged):
+    """A likelihood is judged by the words that a wrong answer has not."""
+    probe = Probe("p", "", "one", "", "eight nine ten", foil, likelihood=True)
+    prompt = prompter.build(probe, methods.PLAIN)
+    assert decoded(prompter, [prompt.target[i] for i in prompt.judged]).strip() == judged
 
 
 def test_chat_prompts(smollm2):

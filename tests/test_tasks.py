@@ -4,10 +4,12 @@ import json
 import math
 import pickle
 
+import nltk
 import pytest
 
 from vllm_pasta import tasks
 from vllm_pasta.errors import PastaError
+from vllm_pasta.tasks import ifeval
 from vllm_pasta.tasks.base import Answer, Task
 from vllm_pasta.tasks.data import SHARES, split_of
 from vllm_pasta.tasks.metrics import consistency, contains_value, fluency, json_objects
@@ -98,6 +100,69 @@ def test_kv_scores():
     assert task.score(example, {"answer": Answer(text=f" {probe.target} and")}) == {"Acc": 1.0}
     other = next(v for k, v in example.fields["pairs"] if k != example.fields["key"])
     assert task.score(example, {"answer": Answer(text=other)}) == {"Acc": 0.0}
+
+
+IFEVAL = {
+    "key": 1001,
+    "prompt": "Tell me about Japan. Your answer must not have any commas.",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{"num_words": None}],
+}
+SEPARATED = {
+    **IFEVAL,
+    "messages": [
+        {"role": "system", "content": "Do not use commas."},
+        {"role": "user", "content": "Tell me about Japan."},
+    ],
+}
+SENTENCE = "Mr. Sato has lived by the sea for ten years"
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict", "loose"),
+    [
+        (f"{SENTENCE}.", 1, 1),
+        (f"{SENTENCE}, he says.", 0, 0),
+        (f"Well, here it is:\n{SENTENCE}.", 0, 1),  # without the first line
+        ("Sea.", 0, 0),  # has no comma, but says nothing
+        ("the sea " * 20, 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_ifeval_scores(answer, strict, loose):
+    task, example = first("ifeval")
+    assert example.fields["ids"] == IFEVAL["instruction_id_list"]
+    scores = task.score(example, {"answer": Answer(text=answer)})
+    scores.pop("fluency")
+    assert scores == {
+        "prompt": strict,
+        "instruction": strict,
+        "prompt, loose": loose,
+        "instruction, loose": loose,
+    }
+
+
+def test_ifeval_counts_each_instruction():
+    task = tasks.load("ifeval")
+    example = next(e for e in task.make() if len(e.fields["ids"]) == 3)
+    capitals = example.fields["target"].replace("P.S.", "")
+    scores = task.score(example, {"answer": Answer(text=capitals)})
+    assert (scores["prompt"], scores["instruction"]) == (0, pytest.approx(2 / 3))
+
+
+def test_ifeval_splits_sentences_without_a_download(tmp_path, monkeypatch):
+    """By the packaged model, which knows abbreviations; NLTK's own would be downloaded."""
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(tmp_path))
+    monkeypatch.setattr(nltk.data, "path", [])
+    ifeval._provide_sentence_model()
+    assert [str(tmp_path / "nltk_data")] == nltk.data.path
+    assert nltk.sent_tokenize(f"{SENTENCE}. So do I.") == [f"{SENTENCE}.", "So do I."]
+
+
+def test_ifeval_needs_its_checkers(monkeypatch):
+    monkeypatch.setattr(ifeval, "find_spec", lambda name: None)
+    with pytest.raises(PastaError, match=r"pip install vllm-pasta\[ifeval\]"):
+        tasks.load("ifeval")
 
 
 def test_measures_of_text():
@@ -207,6 +272,17 @@ def test_public_formats(tmp_path):
     (tmp_path / "kv_retrieval_75.jsonl").write_text(json.dumps(pair))
     (example,) = tasks.load("kv").read(tmp_path / "kv_retrieval_75.jsonl")
     assert tasks.load("kv").probes(example)[0].emphasis == '"b": "2"'
+
+    for record, emphasis in (
+        (IFEVAL, "Your answer must not have any commas."),
+        (SEPARATED, "Do not use commas."),
+    ):
+        (tmp_path / "ifeval.jsonl").write_text(json.dumps(record))
+        (example,) = tasks.load("ifeval").read(tmp_path / "ifeval.jsonl")
+        (probe,) = tasks.load("ifeval").probes(example)
+        assert probe.emphasis == emphasis
+        assert probe.before.strip() == "Tell me about Japan."
+        assert probe.after == ""
 
 
 def test_wrong_formats(tmp_path):

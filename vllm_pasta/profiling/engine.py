@@ -174,7 +174,7 @@ def _answer(probe: Probe, prompt: Prompt, output: Any) -> Answer:
     """From vLLM's ``RequestOutput``."""
     if probe.likelihood:
         rows = output.prompt_logprobs[-len(prompt.target) :]
-        values = [row[i].logprob for i, row in zip(prompt.target, rows, strict=True)]
+        values = [rows[at][prompt.target[at]].logprob for at in prompt.judged]
         return Answer(logprobs=(sum(values) / len(values),))
     (completion,) = output.outputs
     if prompt.choices:

@@ -77,8 +77,8 @@ class GradientModel:
     def estimate(self, prompts: Iterable[Prompt], alpha: float) -> dict[Head, float]:
         """Mean estimated change of log P(target) − log P(foil) per head.
 
-        Where answers are compared by their first token, so here; else it is the mean over the
-        target's tokens.
+        Where answers are compared by their first token, so here; else it is the mean of log P over
+        the target's tokens that are judged.
         """
         layers, heads = self._config.num_hidden_layers, self._config.num_attention_heads
         total, count = torch.zeros(layers, heads), 0
@@ -93,9 +93,7 @@ class GradientModel:
 
     def _estimate(self, prompt: Prompt, alpha: float) -> torch.Tensor:
         global _current
-        target, foil = prompt.target, prompt.foil
-        if prompt.choices:
-            target, foil = target[:1], foil[:1]
+        target = prompt.target[:1] if prompt.choices else prompt.target
         length = len(prompt.ids)
         bias = torch.zeros(length + len(target) - 1)
         bias[:length] = math.log(alpha)
@@ -108,9 +106,12 @@ class GradientModel:
                 input_ids=torch.tensor([prompt.ids + target[:-1]]), logits_to_keep=len(target)
             ).logits[0]
             logprobs = logits.log_softmax(-1)
-            objective = logprobs[range(len(target)), target].mean()
-            if foil:
-                objective = objective - logprobs[0, foil[0]]
+            if prompt.choices:
+                objective = logprobs[0, target[0]]
+                if prompt.foil:
+                    objective = objective - logprobs[0, prompt.foil[0]]
+            else:
+                objective = logprobs[range(len(target)), target][prompt.judged].mean()
             objective.backward()
         finally:
             _current = None

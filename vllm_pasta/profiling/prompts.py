@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cached_property
 from typing import Any
 
 from vllm_pasta.emphasis import Span
@@ -21,6 +23,8 @@ class Prompt:
         choices: The first token of each choice; none where an answer is generated.
         target: Token ids of the ideal answer.
         foil: Token ids of the answer that must be less likely.
+        judged: Which of the target's tokens its likelihood is judged by: those that the foil has
+            not, or all where it has all or is empty.
     """
 
     ids: list[int]
@@ -28,6 +32,12 @@ class Prompt:
     choices: list[int]
     target: list[int]
     foil: list[int]
+
+    @cached_property
+    def judged(self) -> list[int]:
+        pieces = SequenceMatcher(None, self.foil, self.target, autojunk=False).get_opcodes()
+        found = [i for tag, _, _, start, end in pieces if tag != "equal" for i in range(start, end)]
+        return found or list(range(len(self.target)))
 
 
 class Prompter:
@@ -75,12 +85,13 @@ class Prompter:
                 raise PastaError(f"the tokens of {words!r} merge with those of {question[-40:]!r}")
             return whole[len(ids) :]
 
-        target = answer(probe.target)
+        target, foil = answer(probe.target), answer(probe.foil)
         if probe.likelihood:
             # As if it had been generated: generated tokens are never scaled, nor are these.
-            return Prompt(ids + target, (spans, (len(ids), len(ids) + len(target))), [], target, [])
+            ranges = spans, (len(ids), len(ids) + len(target))
+            return Prompt(ids + target, ranges, [], target, foil)
         choices = [answer(choice)[0] for choice in probe.choices]
-        return Prompt(ids, (spans,), choices, target, answer(probe.foil))
+        return Prompt(ids, (spans,), choices, target, foil)
 
     def _encode(self, text: str, chat: bool) -> Any:
         # A chat template writes the special tokens itself.

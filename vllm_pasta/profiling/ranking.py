@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling import search
 from vllm_pasta.profiling.engine import Asker
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
@@ -62,6 +63,9 @@ class Ranker:
         self._asker, self._store = asker, store
         self._task, self._train, self._alpha = task, train, alpha
         probes = [task.ranking_probes(example) for example in train.examples]
+        self._targets = all(probe.target for of in probes for probe in of)
+        if likelihood:
+            self._check_targets("--likelihood")
         generated = not any(probe.choices for of in probes for probe in of)
         self._likelihood = likelihood and generated
         self._probes = [[replace(p, likelihood=self._likelihood) for p in of] for of in probes]
@@ -75,6 +79,8 @@ class Ranker:
             kind: Which search.
             model: The model's name or folder, for gradients on transformers.
         """
+        if kind == "gradient":
+            self._check_targets("--search gradient")
         examples = len(self._train.examples)
         plain = mean(self._scores([(PLAIN, i) for i in range(examples)]))
         seconds = 0.0
@@ -86,6 +92,14 @@ class Ranker:
             ranking = find(heads, examples, self.score)
         objective = LIKELIHOOD if self._likelihood else self._task.objective
         return Profile(self._task, objective, self._train, plain, ranking, self._asked, seconds)
+
+    def _check_targets(self, option: str) -> None:
+        if not self._targets:
+            raise PastaError(
+                f"{option}: needs ideal answers, and {self._train.source} has none for "
+                f"{self._task.name}: leave the option out, or unset --data and $VLLM_PASTA_DATA "
+                "for examples that have them"
+            )
 
     def score(self, pairs: list[Pair]) -> list[float]:
         """The objective where one head alone is steered, for each pair of a head and an example."""

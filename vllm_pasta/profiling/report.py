@@ -152,6 +152,7 @@ def heat_map(path: Path, profiles: Sequence[Profile], info: Mapping[str, Any]) -
         image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_title(f"{profile.task.name}: change of {profile.objective}", fontsize=9)
         axis.set_xlabel("query head")
+        axis.set_xticks(range(heads))
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis, shrink=0.8)
     figure.suptitle(f"{info['model']}, one head steered at a time, α {info['alpha']:g}", fontsize=9)

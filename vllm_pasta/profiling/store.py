@@ -28,7 +28,7 @@ class Trial:
         asked = [probe.text, probe.emphasis, list(probe.choices)]
         length = "" if probe.choices else f"/{probe.max_tokens}"
         if probe.likelihood:
-            asked.append(probe.target)
+            asked += [text for text in (probe.target, probe.foil) if text]
             length = "/likelihood"
         digest = sha256(json.dumps(asked).encode()).hexdigest()[:12]
         return f"{self.task}|{digest}|{probe.name}{length}|{self.method.key}"

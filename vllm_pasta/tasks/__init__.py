@@ -1,4 +1,4 @@
-"""Tasks to evaluate emphasis on and to find heads with: the paper's, and one more."""
+"""Tasks to evaluate emphasis on and to find heads with: the paper's, and two more."""
 
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -18,6 +18,7 @@ BUILT_IN = {
     "pronouns": "biographies:PronounChanging",
     "biasbios": "biographies:BiasBios",
     "kv": "kv_retrieval:KeyValueRetrieval",
+    "ifeval": "ifeval:IfEval",
 }
 
 

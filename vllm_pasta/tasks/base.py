@@ -30,7 +30,9 @@ class Probe:
         emphasis: What is emphasised.
         after: The rest.
         target: The ideal answer: for few-shot demonstrations and for gradients.
-        foil: The answer that must be less likely than ``target``, for gradients; may be empty.
+        foil: A wrong answer; may be empty. Of choices, the one that must be less likely than
+            ``target``, for gradients; else ``target`` is judged by those of its words that the foil
+            has not.
         choices: Answers to compare by the log-probability of each one's first token. Empty means
             that an answer is generated.
         max_tokens: Longest generated answer.
@@ -58,7 +60,7 @@ class Probe:
 class Answer:
     """What the model answered to a probe: ``text``; or ``logprobs``, one per choice.
 
-    For a likelihood, the one of ``logprobs`` is the mean over the target's tokens.
+    For a likelihood, the one of ``logprobs`` is the mean over the target's tokens that are judged.
     """
 
     text: str = ""

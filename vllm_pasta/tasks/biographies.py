@@ -6,6 +6,7 @@ PASTA, section 4 and appendix; prompts and metrics as in the reference implement
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +20,14 @@ from vllm_pasta.tasks.metrics import (
     json_objects,
 )
 
+MAX_TOKENS = 128
+"""As in the reference implementation: an object that is begun late is still closed."""
+RANKING_TOKENS = 64
+"""What tells heads apart comes sooner, and they are many."""
+
 
 class _Biographies(Task):
-    """Where the examples come from."""
+    """Where the examples come from, and how much is generated."""
 
     files = biography_data.FILES
 
@@ -30,6 +36,9 @@ class _Biographies(Task):
 
     def make(self) -> Iterator[Example]:
         return biography_data.make()
+
+    def ranking_probes(self, example: Example) -> list[Probe]:
+        return [replace(probe, max_tokens=RANKING_TOKENS) for probe in self.probes(example)]
 
 
 def _text(fields: Mapping[str, Any]) -> str:
@@ -66,7 +75,7 @@ class JsonFormatting(_Biographies):
         )
         target = json.dumps({"name": name, "occupation": occupation}, ensure_ascii=False)
         before = f"{_text(example.fields)}\n\n"
-        return [Probe("answer", before, instruction, "", target, chat=True)]
+        return [Probe("answer", before, instruction, "", target, max_tokens=MAX_TOKENS, chat=True)]
 
     def score(self, example: Example, answers: Mapping[str, Answer]) -> dict[str, float]:
         text = answers["answer"].text
@@ -103,7 +112,18 @@ class PronounChanging(_Biographies):
             f"occupation of {name} after changing pronouns:"
         )
         target = _THEY.sub(lambda match: _they(match[0]), text)
-        return [Probe("answer", f"{text}\n\n", instruction, "", target, chat=True)]
+        return [
+            Probe(
+                "answer",
+                f"{text}\n\n",
+                instruction,
+                "",
+                target,
+                foil=text,
+                max_tokens=MAX_TOKENS,
+                chat=True,
+            )
+        ]
 
     def score(self, example: Example, answers: Mapping[str, Answer]) -> dict[str, float]:
         text = answers["answer"].text
