@@ -48,12 +48,14 @@ heads: $(STAMP) ## find SmolLM2's heads for the paper's tasks, and the README's 
 		$(PROFILE) --tasks $$task --alpha 0.1 --top-k auto --out heads/$$task.json || exit; \
 	done
 	$(PROFILE) --tasks json --top-k 20 --out heads/json-20.json
+	$(PROFILE) --tasks json,biasbios,counterfact --alpha 0.1 --select union --top-k 10 \
+		--out heads/multi.json
 	$(VENV)/bin/vllm-pasta profile --tasks counterfact --top-k auto --out heads/counterfact-full.json
 	$(VENV)/bin/python -m benchmarks.heads heads/json.json heads/pronouns.json \
 		heads/biasbios.json heads/counterfact.json --out heads/by-number.png
 	for task in json-20 pronouns biasbios counterfact; do \
 		$(EVAL) --tasks $${task%-*} --alpha 0.1 --out heads/eval-$$task.jsonl \
-			--methods $(BASELINES),heads/$$task.json || exit; \
+			--methods $(BASELINES),heads/$$task.json,heads/multi.json || exit; \
 	done
 	$(EVAL) --tasks counterfact --examples 500 \
 		--methods $(BASELINES),all,layers:20-24,heads/counterfact-full.json \
