@@ -1,7 +1,8 @@
 """Times the Triton kernels of steered attention on a GPU, against plain attention.
 
 One layer of a model like Qwen3-8B, bf16, paged KV cache. Plain: FlashAttention or, where vLLM has
-none, its Triton kernel. "direct" and "merge" are what steering adds to it, see kernels/triton.py.
+none, its Triton kernel. "direct" and "merge" are what steering adds to it, see kernels/triton.py;
+"idle" is what it adds, in a CUDA graph, to a step without steered requests.
 Peers on a contiguous cache, for decoding: torch's scaled_dot_product_attention and, where it is
 installed, xformers' memory_efficient_attention, both with the whole bias. Every case is first held
 to dense attention in fp32. "bandwidth" is what a kernel must read (keys and values of the steered
@@ -103,7 +104,7 @@ class Bench:
         for slot in range(case.requests):
             self.buffers.write(slot, self.emphasis)
         self.buffers.show(range(case.requests))
-        self.workspace = Workspace(case.num_heads, case.head_size, device)
+        self.workspace = Workspace(case.head_size, device)
 
     def dense(self, request: int, steer: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """One request's output and log-sum-exp in fp32: ``[query_len, heads, …]``."""
@@ -252,11 +253,13 @@ def measure(case: Case, peak: float) -> dict[str, Any]:
     if case.query_len == 1 and case.context <= 32768:
         timed |= bench.peers()
     us = {name: 1e3 * do_bench(run, return_mode="median") for name, run in timed.items()}
+    bench.buffers.hide()
+    us["idle"] = 1e3 * do_bench(bench.steer, return_mode="median")
     row = {
         "requests": case.requests, "query_len": case.query_len, "context": case.context,
         "share": case.share, "emphasised": case.emphasised, "plain": base,
         "us": {name: round(value, 1) for name, value in us.items()},
-        "ratio": {n: round(1 + us[n] / us[base], 3) for n in ("direct", "merge")},
+        "ratio": {n: round(1 + us[n] / us[base], 3) for n in ("direct", "merge", "idle")},
     }  # fmt: skip
     if case.query_len == 1:
         row["bandwidth"] = round(bench.needed_bytes() / (us["direct"] / 1e6) / peak, 2)

@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-import torch
 
 from vllm_pasta.buffers import (
+    EMPHASISED,
     FIRST,
     HEADER,
     LOG_ALPHA,
     NUM_SPANS,
     PLAIN,
-    PROMPT_LEN,
     SteeringBuffers,
 )
 from vllm_pasta.emphasis import MAX_SPANS, ResolvedEmphasis
@@ -33,10 +32,10 @@ def test_row():
     assert not buffers.rows.any()  # the device is told by show
     assert buffers.show([0, 2, 1])
     row = buffers.rows[2]
-    assert row[[FIRST, PROMPT_LEN, NUM_SPANS]].tolist() == [3, 20, 2]
+    assert row[[FIRST, NUM_SPANS, EMPHASISED]].tolist() == [3, 2, 3]
     assert row[LOG_ALPHA].numpy().view(np.float32) == np.float32(np.log(0.5))
     assert [bits(buffers, 2, layer) for layer in range(3)] == [[39], [], [0, 31, 32]]
-    assert row[buffers.spans_offset :][:4].tolist() == [3, 5, 7, 8]
+    assert row[buffers.bounds_offset :][:5].tolist() == [3, 5, 7, 8, 20]
     assert buffers.slots.tolist() == [PLAIN, 2, PLAIN, PLAIN, PLAIN, PLAIN]
 
 
@@ -99,11 +98,11 @@ def test_most_spans(count):
     buffers = SteeringBuffers(1, 1, 1, 4)
     buffers.write(0, emphasis(spans, {"0": [0]}, prompt_len=1000))
     buffers.show([0])
-    shown = buffers.rows[0, buffers.spans_offset :].reshape(-1, 2)[:count]
-    assert torch.equal(shown, torch.tensor(spans, dtype=torch.int32))
+    shown = buffers.rows[0, buffers.bounds_offset :][: 2 * count + 1]
+    assert shown.tolist() == [bound for span in spans for bound in span] + [1000]
 
 
 def test_size():
     """Of a large model on a large server, with what the kernels need: below 64 MiB."""
-    buffers, workspace = SteeringBuffers(1024, 1024, 80, 64), Workspace(64, 128, "cpu")
+    buffers, workspace = SteeringBuffers(1024, 1024, 80, 64), Workspace(128, "cpu")
     assert buffers.nbytes + workspace.nbytes < 64 * 2**20

@@ -316,6 +316,7 @@ REFUSED = {
     "the KV cache is nvfp4": {"cache_config": {"cache_dtype": "nvfp4"}},
     "the KV cache is bfloat16": {"cache_config": {"cache_dtype": "bfloat16"}},
     "VLLM_BATCH_INVARIANT": {},
+    "needs vLLM 0.32.x, this is 0.31.0": {},
 }
 
 
@@ -326,6 +327,8 @@ def test_refused(reason, config, monkeypatch):
     support.check_engine(config)
     if reason == "VLLM_BATCH_INVARIANT":
         monkeypatch.setattr(support.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    if reason.startswith("needs vLLM"):
+        monkeypatch.setattr(support.vllm, "__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
         value = changes
         if field != "additional_config":

@@ -13,9 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import vllm
 from models import tiny_llama
 from oracle import Oracle, Steering
 
+from vllm_pasta.integration.support import GPU_VLLM
+
+pytestmark = pytest.mark.skipif(
+    not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}x"
+)
 TESTS = Path(__file__).parent
 
 

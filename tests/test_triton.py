@@ -127,6 +127,7 @@ class Case:
             len(self.requests) + 3, len(self.requests) + self.padding, 3, self.num_heads,
             device=DEVICE,
         )  # fmt: skip
+        self.workspace = Workspace(self.head_size, DEVICE)
         self.slots = [len(self.requests) + 1 - r for r in range(len(self.requests))]
         self.write()
 
@@ -193,11 +194,11 @@ class Case:
     def run(self, output, lse=None):
         """The kernels, over the plain ``output``."""
         output = output.to(self.dtype).to(DEVICE)
-        workspace = Workspace(self.num_heads, self.head_size, DEVICE)
         steered_attention(
             self.query, self.cache, output, self.buffers, LAYER, self.batch, self.attention,
-            workspace, self.scales, None if lse is None else lse.float().to(DEVICE),
+            self.workspace, self.scales, None if lse is None else lse.float().to(DEVICE),
         )  # fmt: skip
+        assert not self.workspace.counters.any()  # as the next launch must find them
         return output.cpu()
 
     def check(self, tolerance=1e-5):
@@ -226,7 +227,7 @@ MIXED = [
     Request(30, 5, spans=((29, 30),), heads=(2,)),  # all but its last row are plain
 ]
 DECODE = [
-    Request(1025, 1, 1000, ((5, 6), (511, 514)), heads=(0, 1)),
+    Request(1025, 1, 600, ((5, 280), (511, 514)), heads=(0, 1)),  # keys for several programs
     Request(97, 1, 97, ((90, 97),), 0.1, (2,)),
     Request(17, 1, 3, ((1, 2),), 5.0, (0, 3)),
     Request(50, 1),
@@ -330,10 +331,9 @@ def test_launches_do_not_depend_on_what_is_steered(monkeypatch):
 
             return launch
 
-    for name in ("direct", "merge", "put_together"):
-        monkeypatch.setattr(triton_kernels, name, Recorder(name))
+    monkeypatch.setattr(triton_kernels, "steer", Recorder("steer"))
     case = Case(DECODE)
-    output, workspace = torch.zeros_like(case.query), Workspace(4, 64, DEVICE)
+    output = torch.zeros_like(case.query)
     lse = torch.zeros(case.query.shape[:2], device=DEVICE)
     recorded = []
     for requests in (DECODE, [Request(r.seq_len, 1) for r in DECODE], DECODE[::-1]):
@@ -342,7 +342,7 @@ def test_launches_do_not_depend_on_what_is_steered(monkeypatch):
         launches.clear()
         steered_attention(
             case.query, case.cache, output, case.buffers, LAYER, case.batch, case.attention,
-            workspace, lse=lse,
+            case.workspace, lse=lse,
         )  # fmt: skip
         recorded.append(list(launches))
     assert recorded[0]
@@ -375,12 +375,11 @@ def test_cuda_graph(use_lse):
     plain, lse = case.dense(steer=False)
     lse = lse.float().to(DEVICE) if use_lse else None
     output = plain.float().to(DEVICE)
-    workspace = Workspace(4, 64, DEVICE)
 
     def step():
         steered_attention(
             case.query, case.cache, output, case.buffers, LAYER, case.batch, case.attention,
-            workspace, lse=lse,
+            case.workspace, lse=lse,
         )  # fmt: skip
 
     case.buffers.hide()
@@ -418,49 +417,57 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_pasta.kernels import triton_kernels as kernels
+from vllm_pasta.kernels.triton import tile
+from vllm_pasta.kernels.triton_kernels import steer
 
 POINTERS = {"rows": "i32", "slots": "i32", "query_start": "i32", "seq_lens": "i32",
             "block_table": "i32", "lse": "fp32", "alibi_slopes": "fp32", "key_scale": "fp32",
-            "value_scale": "fp32", "sums": "fp32", "states": "fp32"}
-VARIANTS = ((80, "bf16", "bf16", 128, True), (80, "fp16", "fp8e5", 64, False),
-            (90, "bf16", "bf16", 256, False), (90, "bf16", "fp8e4nv", 64, True))
-for capability, dtype, cache, head_size, is_decode in VARIANTS:
+            "value_scale": "fp32", "sums": "fp32", "states": "fp32", "counters": "i32"}
+ALIGNED = (*POINTERS, "query", "output", "sinks", "kv_cache", "stride_q_row", "stride_q_head",
+           "stride_o_row", "stride_o_head", "stride_block", "stride_kv_head", "stride_kv_row")
+VARIANTS = ((80, "bf16", "bf16", 128, True, False), (80, "fp16", "fp8e5", 64, False, False),
+            (80, "fp32", "fp32", 256, False, True), (90, "bf16", "bf16", 256, False, True),
+            (90, "bf16", "fp8e4nv", 64, True, False), (90, "bf16", "bf16", 128, False, True),
+            (90, "bf16", "bf16", 128, True, True))
+for capability, dtype, cache, head_size, is_decode, has_lse in VARIANTS:
     pointers = {**POINTERS, "query": dtype, "output": dtype, "sinks": dtype, "kv_cache": cache}
-    block_m = 16 if is_decode else 64
-    constants = {
+    block_m, block_n = tile(4, head_size, 4 if dtype == "fp32" else 2, is_decode)
+    fixed = {
         "GROUP": 4, "HEAD": head_size, "HEAD_PADDED": head_size, "BLOCK_SIZE": 16,
-        "BLOCK_M": block_m, "BLOCK_Q": block_m // 4, "BLOCK_N": 32 if head_size > 128 else 64,
-        "IS_DECODE": is_decode, "HAS_SCALES": cache != dtype, "SKIPS_MERGED": True,
-        "SPLITS": 16 if is_decode else 1,
-        **dict.fromkeys(("HAS_ALIBI", "HAS_SINKS", "HAS_SOFT_CAP", "HAS_WINDOW"), True),
+        "BLOCK_M": block_m, "BLOCK_Q": block_m // 4, "BLOCK_N": block_n, "MAX_REQUESTS": 256,
+        "SHARE": 256, "IS_DECODE": is_decode, "HAS_SCALES": cache != dtype, "HAS_LSE": has_lse,
+        **dict.fromkeys(("HAS_ALIBI", "HAS_SOFT_CAP", "HAS_WINDOW"), True),
+        "HAS_SINKS": not has_lse,
     }
-    for function in (kernels.direct, kernels.merge, kernels.put_together):
-        fixed = {k: v for k, v in constants.items() if k in function.arg_names}
-        signature = {
-            name: "constexpr" if name in fixed
-            else f"*{pointers[name]}" if name in pointers
-            else "fp32" if name in ("scale", "soft_cap")
-            else "i32"
-            for name in function.arg_names
-        }
-        compiled = triton.compile(
-            ASTSource(function, signature, fixed), target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": 4, "num_stages": 2},
-        )
-        assert compiled.asm["cubin"]
-        print(function.__name__, capability, dtype, cache, head_size, compiled.metadata.shared)
+    signature = {
+        name: "constexpr" if name in fixed
+        else f"*{pointers[name]}" if name in pointers
+        else "fp32" if name in ("scale", "soft_cap")
+        else "i32"
+        for name in steer.arg_names
+    }
+    known = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(steer.arg_names) if name in ALIGNED
+    }
+    compiled = triton.compile(
+        ASTSource(steer, signature, fixed, known), target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 4, "num_stages": 3},
+    )
+    assert compiled.asm["cubin"]
+    print(capability, dtype, cache, head_size, "cp.async.c" in compiled.asm["ptx"],
+          compiled.metadata.shared)
 """
 
 
 def test_compiles_for_gpus():
     """To machine code, by the compiler that a GPU user has; the interpreter forgives what it does
-    not. Shared memory fits the smallest of these GPUs, 99 KiB."""
+    not. The next tile is copied while one is computed; shared memory fits the smallest GPUs."""
     env = {"PYTHONPATH": str(Path(__file__).parent.parent), "HOME": str(Path.home())}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, timeout=600
     )
     assert not done.returncode, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4 * 3
-    assert max(int(line.split()[-1]) for line in lines) <= 99 * 1024
+    variants = [line.split()[-2:] for line in done.stdout.splitlines()]
+    assert len(variants) == 7
+    assert all(is_pipelined == "True" for is_pipelined, _ in variants), done.stdout
+    assert max(int(shared) for _, shared in variants) <= 99 * 1024

@@ -6,6 +6,7 @@ written once when the request comes; a step only says which of its requests stan
 A kernel gets tensors whose shapes do not depend on what is steered, and looks for itself.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,8 +14,11 @@ import torch
 
 from vllm_pasta.emphasis import MAX_SPANS, ResolvedEmphasis
 
-FIRST, PROMPT_LEN, NUM_SPANS, LOG_ALPHA, HEADER = range(5)
+FIRST, NUM_SPANS, EMPHASISED, LOG_ALPHA, HEADER = range(5)
 """Columns of a slot's row; ``HEADER`` is how many come before the heads."""
+
+MAX_BOUNDS = 2 * MAX_SPANS + 1
+"""Most bounds of a slot's row: its spans' and the prompt's end."""
 
 PLAIN = -1
 """In place of a slot: this request is not steered."""
@@ -32,11 +36,13 @@ class SteeringBuffers:
         device: Where kernels run.
 
     Attributes:
-        rows: int32 ``[max_slots, HEADER + num_layers * words + 2 * MAX_SPANS]`` on the device. A
-            slot's row holds the position of the first emphasised token, the prompt's length, the
-            number of spans, ``log(alpha)`` as the bits of a float32; then for each layer ``words``
-            words with a bit for each steered query head of this rank; then the spans, half open,
-            sorted and disjoint.
+        rows: int32 ``[max_slots, HEADER + num_layers * words + MAX_BOUNDS]`` on the device. A
+            slot's row holds the position of the first emphasised token, the numbers of spans and
+            of emphasised tokens, ``log(alpha)`` as the bits of a float32; then for each layer
+            ``words`` words with a bit for each steered query head of this rank; then the bounds:
+            start and end of each span, in order, and the prompt's length. From 0 to the first
+            bound keys are scaled, from there to the second they are not, and so on in turn; from
+            the last on they are not.
         slots: int32 ``[max_batch]`` on the device; the slot of each request of this step, or
             ``PLAIN``.
         words: How many int32 hold a layer's heads.
@@ -55,7 +61,7 @@ class SteeringBuffers:
         self.words = -(-num_heads // 32)
         self.device = torch.device(device)
         self._is_pinned = self.device.type == "cuda"
-        width = HEADER + num_layers * self.words + 2 * MAX_SPANS
+        width = HEADER + num_layers * self.words + MAX_BOUNDS
         self.rows = torch.zeros(max_slots, width, dtype=torch.int32, device=self.device)
         self.slots = torch.full((max_batch,), PLAIN, dtype=torch.int32, device=self.device)
         self._host = np.zeros((max_slots, width), dtype=np.int32)
@@ -64,8 +70,8 @@ class SteeringBuffers:
         self._shown = 0  # of `slots`, how many may be other than PLAIN
 
     @property
-    def spans_offset(self) -> int:
-        """The column at which a row's spans begin."""
+    def bounds_offset(self) -> int:
+        """The column at which a row's bounds begin."""
         return HEADER + self.num_layers * self.words
 
     @property
@@ -83,12 +89,12 @@ class SteeringBuffers:
             self._slot_of[slot] = PLAIN
             return
         row = self._host[slot]
-        row[FIRST], row[PROMPT_LEN] = emphasis.first, emphasis.prompt_len
-        row[NUM_SPANS] = len(emphasis.spans)
+        row[FIRST], row[NUM_SPANS] = emphasis.first, len(emphasis.spans)
+        row[EMPHASISED] = sum(end - start for start, end in emphasis.spans)
         row[LOG_ALPHA] = np.float32(np.log(emphasis.alpha)).view(np.int32)
-        row[HEADER : self.spans_offset] = heads
-        spans = np.asarray(emphasis.spans, dtype=np.int32).ravel()
-        row[self.spans_offset : self.spans_offset + len(spans)] = spans
+        row[HEADER : self.bounds_offset] = heads
+        bounds = [*itertools.chain.from_iterable(emphasis.spans), emphasis.prompt_len]
+        row[self.bounds_offset : self.bounds_offset + len(bounds)] = bounds
         self._slot_of[slot] = slot
         self._waiting.append(slot)
 

@@ -24,7 +24,7 @@ from vllm_pasta.integration import lse, upstream
 from vllm_pasta.integration.backends import SteeringBuilder, SteeringImpl, steer
 from vllm_pasta.integration.plugin import GPU_BACKENDS
 from vllm_pasta.integration.rows import EmphasisRows
-from vllm_pasta.kernels.triton import Batch, Workspace, steered_attention, variant
+from vllm_pasta.kernels.triton import Batch, Workspace, is_decode, steered_attention
 
 FP8 = {
     "fp8": torch.float8_e4m3fn,
@@ -40,7 +40,7 @@ class Steering:
 
     Attributes:
         buffers: Who is steered how, and in which rows of this step.
-        workspaces: What the launches of a layer share with those of others, by heads and head size.
+        workspaces: What the launches of a layer share with those of others, by head size.
         batch: The step's requests.
         num_tokens: Of the step; rows from there on are padding.
         must_launch: Whether kernels are launched though nothing is steered: for a graph.
@@ -48,7 +48,7 @@ class Steering:
     """
 
     buffers: SteeringBuffers
-    workspaces: dict[tuple[int, int], Workspace]
+    workspaces: dict[int, Workspace]
     batch: Batch
     num_tokens: int
     is_steered: bool
@@ -66,8 +66,8 @@ class GPUSteeringBuilder(SteeringBuilder):
     def _prepare(self, rows: EmphasisRows, impls: list[Any]) -> None:
         self._buffers = rows.buffers_on(self.device)
         self._workspaces = rows.workspaces
-        for size in {(impl.num_heads, impl.head_size) for impl in impls} - rows.workspaces.keys():
-            rows.workspaces[size] = Workspace(*size, self.device)
+        for size in {impl.head_size for impl in impls} - rows.workspaces.keys():
+            rows.workspaces[size] = Workspace(size, self.device)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         self._is_capturing = True
@@ -140,7 +140,7 @@ class GPUSteeringImpl(SteeringImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._compiled: set[tuple[bool, bool]] = set()  # variants of the kernels
+        self._compiled: set[bool] = set()  # of the two kernels
 
     def forward(
         self,
@@ -177,7 +177,7 @@ class GPUSteeringImpl(SteeringImpl):
                 query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
         steered_attention(
             query, kv_cache, output, steering.buffers, self.layer_index, steering.batch,
-            self.attention, steering.workspaces[self.num_heads, self.head_size],
+            self.attention, steering.workspaces[self.head_size],
             scales, answer.of(query),
         )  # fmt: skip
         return result
@@ -185,9 +185,9 @@ class GPUSteeringImpl(SteeringImpl):
     def _launches(self, steering: Steering, is_cuda: bool) -> bool:
         """Also where nothing is steered: in graphs, which are replayed when something is; and the
         first time, at start, so that nothing is left to be compiled."""
-        kernels = variant(steering.num_tokens, steering.batch.max_query_len)
-        if steering.is_steered or steering.must_launch or kernels not in self._compiled:
-            self._compiled.add(kernels)
+        kernel = is_decode(steering.batch.max_query_len)
+        if steering.is_steered or steering.must_launch or kernel not in self._compiled:
+            self._compiled.add(kernel)
             return True
         return is_cuda and bool(torch.cuda.is_current_stream_capturing())
 

@@ -74,7 +74,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     Attributes:
         is_honoured: Whether an attention backend asked for the rows.
         is_told: Whether attention metadata tells the rows, and not `update_state`.
-        workspaces: What layers of a size share, by heads and head size; the GPU backends' business.
+        workspaces: What layers of a head size share, by that; the GPU backends' business.
 
     Raises:
         UnsupportedError: emphasis is on, and a layer of the model that V2 has loaded by then is
@@ -95,7 +95,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         self._buffers: SteeringBuffers | None = None
         self._params: list[SamplingParams | None] = []  # by batch row, as metadata last told
         self.is_honoured = self.is_told = False
-        self.workspaces: dict[tuple[int, int], Any] = {}
+        self.workspaces: dict[int, Any] = {}
         if self._is_v2:
             from vllm_pasta.integration import support  # heavy, and front ends load this module
 

@@ -1,11 +1,11 @@
 """Steered attention in Triton, after a GPU backend's plain attention, over its paged KV cache.
 
-Two kernels, both launched over all rows of a step, whatever is steered, so that a CUDA graph may
-hold them: a program that finds nothing to do for its request, KV head or rows ends at once.
+One launch over all rows of a step, whatever is steered, so that a CUDA graph may hold it: a program
+that finds nothing to do for its request, KV head or rows ends at once. For each request it goes one
+of two ways:
 
 - **direct**: attention over all keys of the steered (row, head) pairs with ``log(alpha)`` on the
-  scaled keys. Where a step has few rows, their keys are split among programs, and a second launch
-  puts the parts together.
+  scaled keys.
 - **merge**: where the backend gives the log-sum-exp of its plain attention, and alpha < 1. With P
   the plain output and Z its sum of weights, U the emphasised and the generated keys, Z_U and N_U
   their sums of weights and of weighted values,
@@ -13,6 +13,9 @@ hold them: a program that finds nothing to do for its request, KV head or rows e
       steered = (alpha * Z * P + (1 - alpha) * N_U) / (alpha * Z + (1 - alpha) * Z_U)
 
   so only U is read: the cost grows with the emphasised text, not with the context.
+
+Where a step has few rows, programs share a row's keys, and the last to end puts their parts
+together (split-KV, as FlashDecoding's).
 
 ``kernels.reference`` says what both compute; ``buffers`` what a slot's row holds.
 """
@@ -27,10 +30,15 @@ from vllm_pasta.buffers import HEADER, SteeringBuffers
 from vllm_pasta.kernels import triton_kernels
 from vllm_pasta.plan import LayerAttention
 
-SPLITS = 16
-"""Programs that share a row's keys where a step has few rows."""
-MAX_SPLIT_TOKENS = 64
-"""Most rows of a step whose keys are split; more rows are programs enough."""
+MAX_PARTS = 16
+"""Most programs that share a row's keys."""
+SHARE = 256
+"""Keys that are worth a program of their own."""
+MAX_PART_ROWS = 8192
+"""Rows that all the parts of a launch may have; 512 programs of a decode step, four for each of an
+H100's multiprocessors. More blocks of rows are programs enough."""
+MIN_BLOCK_M = 16
+"""Least rows of a tile that tensor cores take."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +59,48 @@ class Batch:
 
 
 class Workspace:
-    """What programs that share a row's keys leave for the launch that merges them.
+    """What programs that share a row's keys leave for the last of them.
 
     Args:
-        num_heads: Query heads of this rank.
         head_size: Of the values.
         device: Where kernels run.
 
     Attributes:
-        sums: float32 ``[MAX_SPLIT_TOKENS, num_heads, SPLITS, padded head_size]``.
-        states: float32 ``[MAX_SPLIT_TOKENS, num_heads, SPLITS, 2]``; largest logit, sum of weights.
+        sums: float32 ``[MAX_PART_ROWS, padded head_size]``; weighted values.
+        states: float32 ``[MAX_PART_ROWS, 2]``; largest logit, sum of weights.
+        counters: int32 ``[MAX_PART_ROWS // MIN_BLOCK_M]``; parts that are done, 0 between launches.
     """
 
-    def __init__(self, num_heads: int, head_size: int, device: torch.device | str) -> None:
-        shape = (MAX_SPLIT_TOKENS, num_heads, SPLITS)
+    def __init__(self, head_size: int, device: torch.device | str) -> None:
         width = triton.next_power_of_2(head_size)
-        self.sums = torch.empty(*shape, width, dtype=torch.float32, device=device)
-        self.states = torch.empty(*shape, 2, dtype=torch.float32, device=device)
+        self.sums = torch.empty(MAX_PART_ROWS, width, dtype=torch.float32, device=device)
+        self.states = torch.empty(MAX_PART_ROWS, 2, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(MAX_PART_ROWS // MIN_BLOCK_M, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(t.numel() * t.element_size() for t in (self.sums, self.states))
+        tensors = (self.sums, self.states, self.counters)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def variant(num_tokens: int, max_query_len: int) -> tuple[bool, bool]:
-    """What of a step's size decides which compiled kernels a layer launches."""
-    return max_query_len == 1, num_tokens <= MAX_SPLIT_TOKENS
+def is_decode(max_query_len: int) -> bool:
+    """What of a step decides which of its two compiled kernels a layer launches."""
+    return max_query_len == 1
+
+
+def tile(group_size: int, head_size: int, element_size: int, decodes: bool) -> tuple[int, int]:
+    """Rows and keys of a tile, whose keys and values, twice, and weights fit shared memory.
+
+    Args:
+        group_size: Query heads of a KV head.
+        head_size: Of the keys and values.
+        element_size: Bytes of one of the query's numbers.
+        decodes: Whether each request has one row.
+    """
+    rows = MIN_BLOCK_M if decodes else 128 // element_size
+    keys = 16384 // (triton.next_power_of_2(head_size) * element_size)
+    return max(rows, triton.next_power_of_2(group_size)), max(16, min(keys, 64))
 
 
 def steered_attention(
@@ -104,7 +127,7 @@ def steered_attention(
         layer: Counted over the whole model.
         batch: The step's requests.
         attention: What the layer computes.
-        workspace: Of this size of heads; launches on one stream may share one.
+        workspace: Of this head size; launches on one stream may share one.
         scales: float32, one element each; what fp8 keys and values are multiplied by.
         lse: float32 ``[num_tokens, num_heads]`` in any strides; natural logarithm of the plain
             attention's sum of weights. None: not known. Not used where the layer has sinks.
@@ -121,15 +144,13 @@ def steered_attention(
         (attention.scale, attention.window, attention.soft_cap),
     )  # fmt: skip
     group_size = num_heads // num_kv_heads
-    is_decode, is_split = variant(num_tokens, batch.max_query_len)
-    block_m = max(16, triton.next_power_of_2(group_size) * (1 if is_decode else 4))
-    block_m = block_m if is_decode else max(block_m, 64)
+    decodes = is_decode(batch.max_query_len)
+    block_m, block_n = tile(group_size, head_size, query.element_size(), decodes)
     block_q = max(1, block_m // group_size)
     # Each request's rows begin a block of their own: at most this many blocks in all.
-    blocks = num_requests if is_decode else num_tokens // block_q + num_requests
-    splits = SPLITS if is_split else 1
-    merges = lse is not None and attention.sinks is None
-    flat = (
+    blocks = num_requests if decodes else num_tokens // block_q + num_requests
+    parts = max(1, min(MAX_PARTS, MAX_PART_ROWS // (blocks * num_kv_heads * block_m)))
+    triton_kernels.steer[(blocks, num_kv_heads, parts)](
         query, kv_cache, output,
         buffers.rows, buffers.slots, batch.query_start, batch.seq_lens, batch.block_table,
         query if lse is None else lse,
@@ -137,42 +158,31 @@ def steered_attention(
         query if attention.sinks is None else attention.sinks,
         query if scales is None else scales[0],
         query if scales is None else scales[1],
-        workspace.sums, workspace.states,
+        workspace.sums, workspace.states, workspace.counters,
         attention.scale, attention.soft_cap or 0.0, attention.window or 0,
-        num_requests, HEADER + layer * buffers.words, buffers.spans_offset,
+        num_requests, HEADER + layer * buffers.words, buffers.bounds_offset,
         *buffers.rows.stride()[:1], *batch.block_table.stride()[:1],
         *query.stride()[:2], *output.stride()[:2], *kv_cache.stride()[:3],
         *((0, 0) if lse is None else lse.stride()),
+        GROUP=group_size,
+        HEAD=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        BLOCK_SIZE=block_size,
+        BLOCK_M=block_m,
+        BLOCK_Q=block_q,
+        BLOCK_N=block_n,
+        MAX_REQUESTS=triton.next_power_of_2(len(buffers.slots)),
+        SHARE=SHARE,
+        IS_DECODE=decodes,
+        HAS_ALIBI=attention.alibi_slopes is not None,
+        HAS_SINKS=attention.sinks is not None,
+        HAS_SCALES=scales is not None,
+        HAS_SOFT_CAP=attention.soft_cap is not None,
+        HAS_WINDOW=attention.window is not None,
+        HAS_LSE=lse is not None and attention.sinks is None,
+        num_warps=4 if block_m <= 64 else 8,
+        num_stages=3,  # block table, keys and values, and arithmetic
     )  # fmt: skip
-    constants = {
-        "GROUP": group_size,
-        "HEAD": head_size,
-        "HEAD_PADDED": triton.next_power_of_2(head_size),
-        "BLOCK_SIZE": block_size,
-        "BLOCK_M": block_m,
-        "BLOCK_Q": block_q,
-        "BLOCK_N": 32 if head_size > 128 or query.dtype == torch.float32 else 64,
-        "IS_DECODE": is_decode,
-        "HAS_ALIBI": attention.alibi_slopes is not None,
-        "HAS_SINKS": attention.sinks is not None,
-        "HAS_SCALES": scales is not None,
-        "HAS_SOFT_CAP": attention.soft_cap is not None,
-        "HAS_WINDOW": attention.window is not None,
-    }
-    options = {"num_warps": 4 if block_m <= 64 else 8, "num_stages": 2}
-    if merges:
-        triton_kernels.merge[(blocks, num_kv_heads)](*flat, **constants, **options)
-    triton_kernels.direct[(blocks, num_kv_heads, splits)](
-        *flat, **constants, SPLITS=splits, SKIPS_MERGED=merges, **options
-    )
-    if splits > 1:
-        triton_kernels.put_together[(num_tokens, num_heads)](
-            output, buffers.rows, buffers.slots, batch.query_start, batch.seq_lens,
-            workspace.sums, workspace.states, num_requests,
-            HEADER + layer * buffers.words, buffers.rows.stride(0), *output.stride()[:2],
-            HEAD=head_size, HEAD_PADDED=constants["HEAD_PADDED"], SPLITS=splits,
-            SKIPS_MERGED=merges, num_warps=2,
-        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
