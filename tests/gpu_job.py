@@ -2,7 +2,8 @@
 
 ``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN``. FlashAttention itself does not run here: its functions
 are written anew in torch (`flash_attention`), so of that backend it is vLLM's Python that runs.
-Prints ``REPORT`` and JSON: greedy tokens of `CASES`. In a process of its own, since Triton is to be
+Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
+V2: a draft model). In a process of its own, since Triton is to be
 found before vllm is imported. Only three things are told otherwise than they are: that Triton has
 a backend for CPUs, what a GPU can do, and that this is one when `support` asks.
 """
@@ -13,8 +14,6 @@ import os
 import sys
 from types import SimpleNamespace
 
-from triton.backends import backends
-
 os.environ.update(
     TRITON_INTERPRET="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -22,6 +21,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
 )
+from triton.backends import backends
+
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
 
 import torch
@@ -43,6 +44,8 @@ CASES = [  # prompt, new tokens, emphasis
     (LONG, 3, {"spans": [[30, 58]], "heads": ALL_HEADS, "alpha": 0.5}),
     (SHORT, 5, {"spans": [[0, 3]], "heads": {"0": [0, 1, 2, 3]}}),
 ]
+
+NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 def flash_attention(
@@ -104,11 +107,12 @@ def main(model, backend):
         AttentionBackendEnum.CPU_ATTN, f"vllm_pasta.integration.gpu_backends.{backend}"
     )
 
-    def start(**pasta):
+    def start(speculative=None, **pasta):
         return LLM(
             model,
             dtype="float32",
             enforce_eager=True,
+            disable_log_stats=False,
             gpu_memory_utilization=0.05,
             kv_cache_memory_bytes=2**24,
             max_model_len=128,
@@ -116,6 +120,7 @@ def main(model, backend):
             block_size=16,
             max_num_seqs=3,  # fewer than there are requests: slots are used again
             max_num_batched_tokens=48,  # long prompts are cut
+            speculative_config=speculative,
             additional_config={"pasta": pasta},
         )
 
@@ -148,6 +153,16 @@ def main(model, backend):
         "again": run(llm, CASES[:3]),  # with prefix hits, and slots that others had
     }
     report["asked"] = len(LSE_CALLS)
+    del llm
+    is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    draft = {"method": "draft_model", "model": model} if is_v2 else NGRAM
+    llm = start({**draft, "num_speculative_tokens": 2}, gpu="experimental")
+    report["drafted"] = run(llm, CASES[:4])
+    report["drafts"] = {
+        m.name.removeprefix("vllm:spec_decode_num_"): m.value
+        for m in llm.get_metrics()
+        if m.name.startswith("vllm:spec_decode_num_") and hasattr(m, "value")
+    }
     print("REPORT", json.dumps(report))
 
 

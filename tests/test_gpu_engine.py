@@ -79,6 +79,13 @@ def test_equals_the_oracle(report, expected):
     assert report["again"] == expected[:3]
 
 
+def test_drafts_equal_the_oracle(report, expected):
+    _, v2, report = report
+    assert report["drafted"] == expected[:4]
+    assert report["drafts"]["draft_tokens"] > 0
+    assert (report["drafts"]["accepted_tokens"] > 0) == (v2 == "1")  # by the same model
+
+
 def test_log_sum_exp(report):
     """FlashAttention is asked for it where something is steered, and at first, for graphs."""
     backend, _, report = report

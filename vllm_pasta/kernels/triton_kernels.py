@@ -149,13 +149,12 @@ def steer(
     acc = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
     # Between two bounds all keys have the same bias, so the inner loop has no branch and is
     # pipelined. Scaled keys come first, then emphasised ones, and so on; a merge wants only these.
-    tiles = num_keys * 0
     for stretch in range(merges.to(tl.int32), last_bound + 2, 1 + merges.to(tl.int32)):
         start = tl.load(bounds + stretch - 1, mask=stretch > 0, other=0)
         stop = tl.load(bounds + stretch, mask=stretch <= last_bound, other=_END)
         start, stop = tl.maximum(start, begin), tl.minimum(stop, end)
         bias = tl.where(stretch % 2 == 0, log_alpha, 0.0)
-        turn = (split + parts - tiles % parts) % parts
+        turn = (split + stretch // 2) % parts  # others are first where the next stretch begins
         for key in range(start + turn * BLOCK_N, stop, parts * BLOCK_N):
             keys_at = key + tl.arange(0, BLOCK_N)
             is_key = keys_at < stop
@@ -189,7 +188,6 @@ def steer(
             acc = acc * rescale[:, None]
             acc += tl.dot(weights.to(q.dtype), values, input_precision="ieee")
             largest = new_largest
-        tiles += tl.maximum(tl.cdiv(stop - start, BLOCK_N), 0)
     if HAS_SCALES:
         acc *= v_scale
 
