@@ -1,7 +1,8 @@
 """vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
 
-``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN``. FlashAttention itself does not run here: its functions
-are written anew in torch (`flash_attention`), so of that backend it is vLLM's Python that runs.
+``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER``. FlashAttention and FlashInfer do not run
+here: what they compute is written anew in torch (`gpu_stand_ins`), so of these backends it is
+vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
 V2: a draft model). In a process of its own, since Triton is to be
 found before vllm is imported. Only three things are told otherwise than they are: that Triton has
@@ -29,9 +30,8 @@ import torch
 
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
+from gpu_stand_ins import LSE_CALLS, STAND_INS
 from models import random_ids
-
-LSE_CALLS = []  # shapes of what `flash_attention` was asked for
 
 SHORT, LONG = random_ids(20, 1), random_ids(60, 2)
 ALL_HEADS = {str(layer): [0, 1, 2, 3] for layer in range(2)}
@@ -48,49 +48,6 @@ CASES = [  # prompt, new tokens, emphasis
 NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
-def flash_attention(
-    q, k, v, *, out, cu_seqlens_q, seqused_k, softmax_scale, causal, block_table, window_size,
-    return_softmax_lse=False, **_,
-):  # fmt: skip
-    """As FlashAttention's of that name, over paged keys: ``out``, and the log-sum-exp
-    ``[num_heads, num_tokens]`` if asked for."""
-    assert causal
-    assert window_size[0] == -1
-    lse = torch.full(q.shape[1::-1], float("inf"))
-    group = q.shape[1] // k.shape[2]
-    for r, table in enumerate(block_table):
-        begin, end, n = int(cu_seqlens_q[r]), int(cu_seqlens_q[r + 1]), int(seqused_k[r])
-        keys, values = (
-            cache[table.long()].flatten(0, 1)[:n].repeat_interleave(group, 1) for cache in (k, v)
-        )
-        logits = torch.einsum("qhd,khd->hqk", q[begin:end], keys) * softmax_scale
-        rows = torch.arange(n - (end - begin), n)
-        logits[:, rows[:, None] < torch.arange(n)] = float("-inf")
-        out[begin:end] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values)
-        lse[:, begin:end] = logits.logsumexp(-1)
-    if return_softmax_lse:
-        LSE_CALLS.append(list(lse.shape))
-    return (out, lse) if return_softmax_lse else out
-
-
-def write_cache(key, value, key_cache, value_cache, slots, *_):
-    """As vLLM's ``reshape_and_cache_flash``."""
-    block, place = slots // key_cache.shape[1], slots % key_cache.shape[1]
-    key_cache[block, place] = key[: len(slots)]
-    value_cache[block, place] = value[: len(slots)]
-
-
-def stand_in():
-    """FlashAttention 2, as far as vLLM's backend can tell."""
-    from vllm.v1.attention.backends import fa_utils
-
-    fa_utils.get_flash_attn_version = lambda *_, **__: 2
-    from vllm.v1.attention.backends import flash_attn
-
-    flash_attn.flash_attn_varlen_func = flash_attention
-    flash_attn.reshape_and_cache_flash = write_cache
-
-
 def main(model, backend):
     from vllm import LLM, SamplingParams
     from vllm.plugins import load_general_plugins
@@ -101,8 +58,8 @@ def main(model, backend):
 
     support.is_gpu = lambda: True
     load_general_plugins()
-    if backend == "FLASH_ATTN":
-        stand_in()
+    if backend in STAND_INS:
+        STAND_INS[backend]()
     register_backend(
         AttentionBackendEnum.CPU_ATTN, f"vllm_pasta.integration.gpu_backends.{backend}"
     )

@@ -1,6 +1,6 @@
 """The GPU's way through vLLM's real engine, without a GPU: both model runners, vLLM's own Triton
-attention (and FlashAttention's backend, over a stand-in for its kernel), our kernels, and requests
-that come, go and use each other's slots (`gpu_job`).
+attention (and the FlashAttention and FlashInfer backends, over stand-ins for their kernels), our
+kernel, and requests that come, go and use each other's slots (`gpu_job`).
 
 Broken by: a builder or impl that is not ours; a slot that keeps its last request's steering; a row
 that is taken for another; a chunk, a prefix hit or a decode step that is not steered.
@@ -32,8 +32,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[("TRITON_ATTN", "0"), ("TRITON_ATTN", "1"), ("FLASH_ATTN", "1")],
-    ids=["Triton, V1", "Triton, V2", "FlashAttention, V2"],
+    params=[
+        ("TRITON_ATTN", "0"),
+        ("TRITON_ATTN", "1"),
+        ("FLASH_ATTN", "1"),
+        ("FLASHINFER", "1"),
+    ],
+    ids=["Triton, V1", "Triton, V2", "FlashAttention, V2", "FlashInfer, V2"],
 )
 def report(request, model):
     backend, v2 = request.param
