@@ -227,7 +227,7 @@ MIXED = [
     Request(30, 5, spans=((29, 30),), heads=(2,)),  # all but its last row are plain
 ]
 DECODE = [
-    Request(1025, 1, 600, ((5, 280), (511, 514)), heads=(0, 1)),  # keys for several programs
+    Request(1025, 1, 600, ((5, 280), (511, 514)), heads=(0, 1, 3)),  # keys for several programs
     Request(97, 1, 97, ((90, 97),), 0.1, (2,)),
     Request(17, 1, 3, ((1, 2),), 5.0, (0, 3)),
     Request(50, 1),
@@ -304,6 +304,32 @@ def test_any_step(batch, window, nhd):
     wanted, _ = case.dense(steer=True)
     for given_lse in (None, lse):
         assert (case.run(plain, given_lse).double() - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_more_heads_than_a_tile_has_rows(query_len):
+    """20 to a KV head."""
+    steered = Request(30, query_len, 28, ((2, 5),), heads=(0, 18, 39))
+    Case([steered, Request(20, query_len)], num_heads=40, num_kv_heads=2).check()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own order")
+def test_programs_in_another_order(monkeypatch):
+    """Those that share a row's keys leave their parts in places of their own."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    set_grid_idx = InterpreterBuilder.set_grid_idx
+    calls = []
+
+    def last_parts_first(self, *at):
+        calls.append(at)
+        x, y, z = self.grid_dim
+        part, block = divmod((at[0] * y + at[1]) * z + at[2], x * y)
+        set_grid_idx(self, *divmod(block, y), z - 1 - part)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", last_parts_first)
+    Case(DECODE).check()
+    assert calls
 
 
 def test_other_layers_heads(monkeypatch):
@@ -395,6 +421,16 @@ def test_cuda_graph(use_lse):
         graph.replay()
         wanted, _ = case.dense(steer=True)
         assert (output.cpu().double() - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_split_keys_many_times():
+    """Whoever comes last: parts are put together in their own order, so not a bit differs."""
+    case = Case([Request(4000 + r, 1, 3000, ((5, 2000),), heads=(0, 1, 3)) for r in range(8)])
+    plain, lse = (x.float() for x in case.dense(steer=False))
+    for given_lse in (None, lse):
+        first = case.run(plain, given_lse)
+        assert all(torch.equal(case.run(plain, given_lse), first) for _ in range(200))
 
 
 @pytest.mark.gpu
