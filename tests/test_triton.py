@@ -427,7 +427,7 @@ def test_cuda_graph(use_lse):
 def test_split_keys_many_times():
     """Whoever comes last: parts are put together in their own order, so not a bit differs."""
     case = Case([Request(4000 + r, 1, 3000, ((5, 2000),), heads=(0, 1, 3)) for r in range(8)])
-    plain, lse = (x.float() for x in case.dense(steer=False))
+    plain, lse = case.dense(steer=False)
     for given_lse in (None, lse):
         first = case.run(plain, given_lse)
         assert all(torch.equal(case.run(plain, given_lse), first) for _ in range(200))
