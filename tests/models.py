@@ -59,7 +59,7 @@ ATTENTION_KINDS = {  # model type -> what makes it unlike a Llama of two layers
 }  # fmt: skip
 
 
-def tiny_model(folder, model_type):
+def tiny_model(folder, model_type, **options):
     """Saves a random model of 4 layers, one of ATTENTION_KINDS."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -76,6 +76,7 @@ def tiny_model(folder, model_type):
             "initializer_range": 0.15,
             "tie_word_embeddings": False,
             **ATTENTION_KINDS[model_type],
+            **options,
         },
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
