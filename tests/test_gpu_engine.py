@@ -27,7 +27,6 @@ pytestmark = pytest.mark.skipif(
 TESTS = Path(__file__).parent
 LAYERS = 2
 
-
 ENGINES = {  # backend, whether Model Runner V2, model type
     "Triton, V1, sinks": ("TRITON_ATTN", False, "gpt_oss"),
     "Triton, V2, soft cap": ("TRITON_ATTN", True, "gemma2"),
