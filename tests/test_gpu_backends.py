@@ -27,7 +27,7 @@ from vllm_pasta.emphasis import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.errors import ConfigError, UnsupportedError
 from vllm_pasta.heads import HeadSet
 from vllm_pasta.integration import gpu_backends, plugin, rows, support
-from vllm_pasta.integration.backends import SteeringImpl
+from vllm_pasta.integration.backends import SteeringImpl, layer_attention
 from vllm_pasta.plan import LayerAttention
 
 CPU = torch.device("cpu")
@@ -382,6 +382,18 @@ def test_layer_that_cannot_be_steered(where, attribute, value, reason, config):
         support.check_layer("layers.0", layer, 4)
 
 
+@pytest.mark.parametrize(
+    ("of_impl", "window"), [(None, None), ((-1, -1), None), ((39, 0), 40), ((0, 0), 1), (40, 40)]
+)
+def test_window(of_impl, window):
+    """In keys, the row's own included; GPU backends have the keys before it, and after."""
+    impl = SimpleNamespace(
+        scale=0.5, sliding_window=of_impl, logits_soft_cap=0.0, alibi_slopes=None, sinks=None
+    )
+    attention = layer_attention(impl)
+    assert (attention.scale, attention.window, attention.soft_cap) == (0.5, window, None)
+
+
 def test_no_fused_quantisation(monkeypatch):
     """An output that the attention kernel quantises cannot be steered: not fused with emphasis."""
 
@@ -447,8 +459,9 @@ def step_of(made, num_tokens):
     return made.build(0, common(1, num_tokens, block_table_tensor=torch.tensor([[1]]).int()))
 
 
-def test_launched_where_needed(config, v2, impl):
-    """Once each kind of step at first, so that no graph's capture compiles; then with steering."""
+def test_launched_where_needed(config, v2, impl, monkeypatch):
+    """Once each kind of step at first, so that no graph's capture compiles; then with steering, and
+    within any graph."""
     made, layer = builder(config), impl()
     query, cache = torch.randn(4, 4, 32), torch.randn(2, 2, 16, 64)
     for num_tokens in (1, 1, 4, 4, 1):
@@ -465,6 +478,10 @@ def test_launched_where_needed(config, v2, impl):
     forward(layer, made.build_for_cudagraph_capture(common(1)), query, cache)
     assert len(impl.calls) == 4
     assert (forward(layer, None, query, cache) == 7).all()  # memory profiling
+    assert len(impl.calls) == 4
+    for is_capturing in (False, True):  # a piecewise graph, captured by vLLM's own metadata
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda x=is_capturing: x)
+        assert layer._launches(step_of(made, 4).steering, is_cuda=True) is is_capturing
 
 
 def test_padding(config, v2, impl):
@@ -526,6 +543,13 @@ def test_log_sum_exp_is_asked_for(config, v2, impl, monkeypatch):
             used = impl.calls[-1][-1]
             assert (used is not None) == is_used, options
             assert not is_used or torch.equal(used, given.t())
+        forward(impl("auto", 3), step_of(made, 4), torch.cat([query, query]), cache)  # padded
+        assert torch.equal(impl.calls[-1][-1], given.t())
+        assert lse._answer.lse is None  # its memory is let go
+        layer = impl("auto", 3)
+        layer.sinks = torch.zeros(4)
+        forward(layer, step_of(made, 4), query, cache)
+        assert impl.calls[-1][-1] is None
     given = torch.randn(1, 4, 4)
     forward(impl("auto", 2), step_of(made, 4), query, cache)
     assert impl.calls[-1][-1] is None
