@@ -8,7 +8,6 @@ vLLM's: time to first token and inter-token latency, in ms, at several request r
 import argparse
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contestants import Contestant
 from benchmarks.throughput import MEMORY_UTILIZATION, describe, say
 
 EMPHASIS = {"spans": [[16, 36]], "heads": "smollm2-135m-instruct"}
@@ -27,35 +27,28 @@ METRICS = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "outp
 VLLM = str(Path(sys.executable).parent / "vllm")
 
 
-class Server:
-    """``vllm serve`` in a process group of its own, stopped unless it is loaded."""
+class Server(Contestant):
+    """``vllm serve``."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
-        self.name = name
-        env = {
-            **os.environ,
-            "VLLM_PLUGINS": "pasta" if name == "pasta" else "",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        }
-        self.process = subprocess.Popen(
-            [VLLM, "serve", options.model, "--served-model-name", "m", "--host", "127.0.0.1",
-             "--port", str(self.port), "--max-model-len", "2048", "--no-enable-prefix-caching",
-             "--gpu-memory-utilization", str(MEMORY_UTILIZATION), "--dtype", options.dtype,
-             *(["--pasta-gpu", "experimental"] if name == "pasta" else [])],
-            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        command = [
+            VLLM, "serve", options.model, "--served-model-name", "m", "--host", "127.0.0.1",
+            "--port", str(self.port), "--max-model-len", "2048", "--no-enable-prefix-caching",
+            "--gpu-memory-utilization", str(MEMORY_UTILIZATION), "--dtype", options.dtype,
+            *(["--pasta-gpu", "experimental"] if name == "pasta" else []),
+        ]  # fmt: skip
+        nowhere = subprocess.DEVNULL
+        super().__init__(name, command, 1, stdout=nowhere, stderr=nowhere)
         self._wait()
-        self._signal(signal.SIGSTOP)
+        self.pause()
 
     def load(self, options: argparse.Namespace, rate: float, seed: int) -> dict[str, float]:
         """One run of ``vllm bench serve``."""
         body = {"vllm_xargs": {"emphasis": json.dumps(EMPHASIS)}} if self.name == "pasta" else {}
-        self._signal(signal.SIGCONT)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, self.turn():
             result = subprocess.run(
                 [VLLM, "bench", "serve", "--backend", "openai", "--base-url",
                  f"http://127.0.0.1:{self.port}", "--model", "m", "--tokenizer", options.model,
@@ -68,7 +61,6 @@ class Server:
                 env={**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"},
                 capture_output=True, text=True,
             )  # fmt: skip
-            self._signal(signal.SIGSTOP)
             path = Path(folder) / "result.json"
             if not path.exists():
                 raise SystemExit(f"vllm bench serve failed:\n{result.stderr[-3000:]}")
@@ -76,17 +68,6 @@ class Server:
         if figures["completed"] != options.prompts:
             raise SystemExit(f"{self.name}: {figures['completed']} of {options.prompts} answered")
         return {name: figures[name] for name in METRICS}
-
-    def close(self) -> None:
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
 
     def _wait(self) -> None:
         for _ in range(600):

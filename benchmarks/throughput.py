@@ -2,15 +2,14 @@
 
 Two engines run side by side, one of them stopped (SIGSTOP) while the other is timed: stock vLLM
 with the plugin switched off, and the same with it on. First it is checked that plain requests get
-the same tokens on both. Needs only the model; see --help. On a GPU, any model
-of the hub: ``--model Qwen/Qwen3-8B --workloads plain steered seka``.
+the same tokens on both. Needs only the model; see --help. On a GPU, any model of the hub:
+``--model Qwen/Qwen3-8B --workloads plain steered seka``.
 """
 
 import argparse
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,50 +21,34 @@ from typing import Any
 
 import torch
 
+from benchmarks.contestants import Contestant
 from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model, Workload
 
 MEMORY_UTILIZATION = 0.42 if torch.cuda.is_available() else 0.05
 """Of the device, for each of two engines."""
 
 
-class Engine:
-    """An engine in a process group of its own, stopped unless it is asked."""
+class Engine(Contestant):
+    """One that answers `throughput_engine`'s questions."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        env = {
-            **os.environ,
-            "VLLM_PLUGINS": "pasta" if name == "pasta" else "",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
-        }
-        self.name = name
-        self.process = subprocess.Popen(
+        super().__init__(
+            name,
             [sys.executable, "-m", "benchmarks.throughput_engine", json.dumps(vars(options))],
-            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+            options.kv_cache_gib,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.info = self._read()
-        self._signal(signal.SIGSTOP)
+        self.pause()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        self._signal(signal.SIGCONT)
-        time.sleep(0.05)
         assert self.process.stdin is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self._read()
-        self._signal(signal.SIGSTOP)
-        return answer
-
-    def close(self) -> None:
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
+        with self.turn():
+            time.sleep(0.05)
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None

@@ -1,0 +1,51 @@
+"""Two vLLMs that take turns: stock with the plugin switched off, and the same with it on."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Contestant:
+    """A command in a process group of its own, stopped (SIGSTOP) when it is not its turn.
+
+    Args:
+        name: "pasta" switches the plugin on.
+        command: What to start.
+        kv_cache_gib: Of memory, for the KV cache on a CPU.
+        options: For `subprocess.Popen`.
+    """
+
+    def __init__(self, name: str, command: list[str], kv_cache_gib: float, **options: Any) -> None:
+        env = {
+            **os.environ,
+            "VLLM_PLUGINS": "pasta" if name == "pasta" else "",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        }
+        self.name = name
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **options)
+
+    def pause(self) -> None:
+        """Until its next turn."""
+        self._signal(signal.SIGSTOP)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, it runs."""
+        self._signal(signal.SIGCONT)
+        yield
+        self.pause()
+
+    def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
