@@ -2,7 +2,7 @@
 
 One layer of a model like Qwen3-8B, bf16, paged KV cache. Plain: FlashAttention or, where vLLM has
 none, its Triton kernel. "direct" and "merge" are what steering adds to it, see kernels/triton.py;
-"idle" is what it adds, in a CUDA graph, to a step without steered requests.
+"idle" is a launch that finds nothing to steer: what a CUDA graph replays for plain requests.
 Peers on a contiguous cache, for decoding: torch's scaled_dot_product_attention and, where it is
 installed, xformers' memory_efficient_attention, both with the whole bias. Every case is first held
 to dense attention in fp32. "bandwidth" is what a kernel must read (keys and values of the steered
