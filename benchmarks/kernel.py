@@ -24,10 +24,11 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_pasta.emphasis import ResolvedEmphasis
-from vllm_pasta.heads import HeadSet
-from vllm_pasta.kernels import cpu, reference
-from vllm_pasta.plan import LayerAttention, StaticPlan, StepPlan
+from vllm_pasta.kernels import reference
+from vllm_pasta.kernels.cpu import launch
+from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 128  # SmolLM2-135M
 SCALE = HEAD_SIZE**-0.5
@@ -117,7 +118,7 @@ class Bench:
         assert plan is not None
         return plan
 
-    def ours(self, plan: StepPlan, kernel: Callable[..., None] = cpu.steered_attention) -> None:
+    def ours(self, plan: StepPlan, kernel: Callable[..., None] = launch.steered_attention) -> None:
         heads, attention = plan.static.layers[0], LayerAttention(SCALE)
         kernel(self.query, self.kv_cache, self.output, plan, heads, attention, self.layout)
 

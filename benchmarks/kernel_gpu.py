@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_pasta.buffers import SteeringBuffers
-from vllm_pasta.emphasis import ResolvedEmphasis
-from vllm_pasta.heads import HeadSet
-from vllm_pasta.kernels.triton import Batch, Workspace, steered_attention
-from vllm_pasta.plan import LayerAttention
+from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention
+from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.steering.plan import LayerAttention
+from vllm_pasta.steering.slots import SteeringBuffers
 
 ALPHA = 0.01
 

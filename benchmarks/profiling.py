@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.throughput import describe, say
-from vllm_pasta import smollm2
-from vllm_pasta.profiling.engine import Asker, emphasis, every_head, parse_options
+from vllm_pasta.cli import smollm2
+from vllm_pasta.profiling.asker import Asker, emphasis, every_head, parse_options
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
 from vllm_pasta.profiling.prompts import Prompter
 from vllm_pasta.profiling.store import Store, Trial

@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     options = parser.parse_args()
     if options.model is None:
-        from vllm_pasta.smollm2 import model_path
+        from vllm_pasta.cli.smollm2 import model_path
 
         options.model = str(model_path())
     result = {"rows": run(options), **describe("serving", options)}

@@ -19,7 +19,7 @@ import torch
 from models import byte_tokenizer, tiny_llama
 from oracle import Oracle
 
-from vllm_pasta.smollm2 import model_path
+from vllm_pasta.cli.smollm2 import model_path
 
 CORES = os.sched_getaffinity(0)
 

@@ -8,7 +8,6 @@ first asked for.
 from typing import TYPE_CHECKING, Any
 
 from vllm_pasta._version import __version__
-from vllm_pasta.emphasis import Emphasis, ResolvedEmphasis
 from vllm_pasta.errors import (
     ConfigError,
     EmphasisError,
@@ -17,10 +16,11 @@ from vllm_pasta.errors import (
     PastaError,
     UnsupportedError,
 )
-from vllm_pasta.heads import HeadSet
+from vllm_pasta.request.emphasis import Emphasis, ResolvedEmphasis
+from vllm_pasta.request.heads import HeadSet
 
 if TYPE_CHECKING:
-    from vllm_pasta.integration.sampling_params import BeamSearchParams, SamplingParams
+    from vllm_pasta.integration.frontend.sampling_params import BeamSearchParams, SamplingParams
 
 __all__ = [
     "BeamSearchParams",
@@ -40,7 +40,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("BeamSearchParams", "SamplingParams"):
-        from vllm_pasta.integration import sampling_params
+        from vllm_pasta.integration.frontend import sampling_params
 
         return getattr(sampling_params, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

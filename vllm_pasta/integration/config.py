@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
-from vllm_pasta.emphasis import MARKUPS, parse_alpha
 from vllm_pasta.errors import ConfigError, HeadSetError
-from vllm_pasta.heads import HeadSet, bundled
-from vllm_pasta.markup import Markup
+from vllm_pasta.request.emphasis import MARKUPS, parse_alpha
+from vllm_pasta.request.heads import HeadSet, bundled
+from vllm_pasta.request.markup import Markup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

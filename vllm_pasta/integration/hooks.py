@@ -8,9 +8,9 @@ installed vLLM has one, the run-time patches which it supersedes are left out
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_pasta.emphasis import WIRE_KEY
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import cli_args
+from vllm_pasta.integration.frontend import flags
+from vllm_pasta.request.emphasis import WIRE_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,7 +30,7 @@ def register() -> None:
 def start_admission(input_processor: Any) -> Callable[..., Any]:
     """Makes a front end's `Admission`, which may refuse the engine; gives what admits a request."""
     from vllm_pasta.integration import upstream
-    from vllm_pasta.integration.admission import Admission
+    from vllm_pasta.integration.frontend.admission import Admission
 
     upstream.apply_frontend()
     admission = Admission(input_processor.vllm_config, lambda: input_processor.tokenizer)
@@ -40,8 +40,8 @@ def start_admission(input_processor: Any) -> Callable[..., Any]:
 
 def keep_conversation(renderer: Any, messages: Any, chat_params: Any, prompt: Any) -> None:
     """Puts a conversation and its template beside its rendered prompt, for admission to find."""
-    from vllm_pasta.chat import Chat
-    from vllm_pasta.locate import CHAT_KEY
+    from vllm_pasta.request.chat import Chat
+    from vllm_pasta.request.locate import CHAT_KEY
 
     def render(messages: Any) -> str | None:
         text = renderer.render_messages(messages, chat_params)[1].get("prompt")
@@ -52,7 +52,7 @@ def keep_conversation(renderer: Any, messages: Any, chat_params: Any, prompt: An
 
 def block_hash_key(request: Any, start: int, end: int) -> tuple[Any, ...] | None:
     """The key of a request's KV block of tokens ``[start, end)``, or None."""
-    from vllm_pasta.integration.cache_keys import block_key, request_emphasis
+    from vllm_pasta.integration.scheduler.cache_keys import block_key, request_emphasis
 
     emphasis = request_emphasis(request)
     return None if emphasis is None else block_key(emphasis, start, end)
@@ -60,16 +60,16 @@ def block_hash_key(request: Any, start: int, end: int) -> tuple[Any, ...] | None
 
 def connector_class(connector: type, kv_transfer_config: Any) -> type:
     """The class to use in a KV connector's place."""
-    from vllm_pasta.integration.connectors import honouring
+    from vllm_pasta.integration.scheduler.connectors import honouring
 
     return honouring(connector, kv_transfer_config)
 
 
 def count_rows(step: Sequence[tuple[Any, Any]]) -> None:
     """Counts a step's rows, given each request's sampling params and output, for /metrics."""
-    from vllm_pasta.integration import observe
+    from vllm_pasta.integration.frontend import metrics
 
-    observe.rows(
+    metrics.rows(
         [
             bool(((params and params.extra_args) or {}).get(WIRE_KEY))
             for params, output in step
@@ -80,7 +80,7 @@ def count_rows(step: Sequence[tuple[Any, Any]]) -> None:
 
 def batch_line(line: str | bytes) -> str | bytes:
     """A line of a batch file with our fields where vLLM's request models have room for them."""
-    from vllm_pasta.integration.http import rewrite_batch_line
+    from vllm_pasta.integration.frontend.middleware import rewrite_batch_line
 
     return rewrite_batch_line(line)
 
@@ -133,8 +133,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "admission": start_admission,
     "chat_rendered": keep_conversation,
     "block_hash_keys": block_hash_key,
-    "cli_args": cli_args.add_flags,
-    "cli_parsed": cli_args.apply_flags,
+    "cli_args": flags.add_flags,
+    "cli_parsed": flags.apply_flags,
     "vllm_config": select_backend,
     "kv_connector_class": connector_class,
     "step_outputs": count_rows,

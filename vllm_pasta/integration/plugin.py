@@ -5,8 +5,8 @@ from vllm_pasta.errors import UnsupportedError
 SUPPORTED_VLLM = ("0.31.", "0.32.")
 """Prefixes of the vLLM versions on which everything here was tested."""
 
-CPU_BACKEND = "vllm_pasta.integration.cpu_backend.SteeredCPUAttentionBackend"
-GPU_MODULE = "vllm_pasta.integration.gpu_backends"
+CPU_BACKEND = "vllm_pasta.integration.worker.cpu.SteeredCPUAttentionBackend"
+GPU_MODULE = "vllm_pasta.integration.worker.gpu"
 GPU_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 """vLLM's attention backends that have a steered version on a GPU, in that module."""
 

@@ -5,8 +5,10 @@ Each patch wraps one function and calls the original. ``apply`` is idempotent. A
 where the installed vLLM has what makes it superfluous (see ``hooks``).
 """
 
-from vllm_pasta.integration import beam_search, hooks, lse, wrappers
+from vllm_pasta.integration import hooks, wrappers
+from vllm_pasta.integration.frontend import beam_search
 from vllm_pasta.integration.patching import Patch
+from vllm_pasta.integration.worker import lse
 
 _PROTOCOLS = "vllm.entrypoints.openai"
 _SPEECH = "vllm.entrypoints.speech_to_text"

@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from vllm_pasta.integration import cli_args, hooks
+from vllm_pasta.integration import hooks
+from vllm_pasta.integration.frontend import flags
 
 
 def input_processor_init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +62,7 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def generate_with_builtin_tools(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_pasta.integration import observe
+    from vllm_pasta.integration.frontend import metrics
 
     @functools.wraps(original)
     def generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +71,7 @@ def generate_with_builtin_tools(original: Callable[..., Any]) -> Callable[..., A
         admission = self.engine_client.input_processor.pasta_admission
         resolution = admission.check(bound["sampling_params"], bound["engine_input"])
         if resolution is not None:
-            observe.reported(resolution, admission.locator.decode)
+            metrics.reported(resolution, admission.locator.decode)
         return original(self, *args, **kwargs)
 
     return generate_with_builtin_tools
@@ -121,7 +122,7 @@ def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = original(vllm_config, *args, **kwargs)
         if vllm_config.speculative_config is not None and is_enabled(vllm_config):
-            from vllm_pasta.integration.rows import EmphasisRows
+            from vllm_pasta.integration.worker.rows import EmphasisRows
 
             processors.argmax_invariant.append(EmphasisRows(vllm_config))
         return processors
@@ -174,8 +175,8 @@ def add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
         parser = original(parser, *args, **kwargs)
-        cli_args.add_plugin_flag(parser)
-        cli_args.add_flags(parser)
+        flags.add_plugin_flag(parser)
+        flags.add_flags(parser)
         return parser
 
     return add_cli_args
@@ -185,7 +186,7 @@ def from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
         engine_args = original(cls, args)
-        cli_args.apply_flags(args, engine_args)
+        flags.apply_flags(args, engine_args)
         return engine_args
 
     return from_cli_args

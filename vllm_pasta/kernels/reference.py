@@ -7,7 +7,7 @@ For a steered query head, the logits of the prompt's tokens outside the emphasis
 
 import torch
 
-from vllm_pasta.plan import LayerAttention, LayerHeads, StepPlan
+from vllm_pasta.steering.plan import LayerAttention, LayerHeads, StepPlan
 
 
 def steered_attention(

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_pasta.profiling.engine import Asker
+from vllm_pasta.profiling.asker import Asker
+from vllm_pasta.profiling.estimates import Estimate
 from vllm_pasta.profiling.methods import Method
-from vllm_pasta.profiling.statistics import Estimate
 from vllm_pasta.profiling.store import Trial
 from vllm_pasta.tasks import Answer, Example, Probe, Task
 from vllm_pasta.tasks.base import mean

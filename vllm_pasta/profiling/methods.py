@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_pasta.errors import HeadSetError, PastaError
-from vllm_pasta.heads import HeadSet, bundled
+from vllm_pasta.request.heads import HeadSet, bundled
 
 Head = tuple[int, int]
 """Layer and query head, both from 0 on."""

@@ -6,10 +6,10 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
-from vllm_pasta.emphasis import Span
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.methods import Method
-from vllm_pasta.spans import Tokenized
+from vllm_pasta.request.emphasis import Span
+from vllm_pasta.request.tokens import Tokenized
 from vllm_pasta.tasks import Probe
 
 

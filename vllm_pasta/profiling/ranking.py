@@ -8,7 +8,7 @@ from typing import Literal
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling import search
-from vllm_pasta.profiling.engine import Asker
+from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
 from vllm_pasta.profiling.search import Pair, Ranked
 from vllm_pasta.profiling.store import Store, Trial

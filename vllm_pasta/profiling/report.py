@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_pasta.profiling import tables
+from vllm_pasta.profiling.estimates import overlap, rank_correlation
 from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.methods import Head
 from vllm_pasta.profiling.ranking import Profile
-from vllm_pasta.profiling.statistics import overlap, rank_correlation
 
 SHOWN = 20
 

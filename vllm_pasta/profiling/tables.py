@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_pasta.profiling.estimates import Estimate
 from vllm_pasta.profiling.evaluation import Row
-from vllm_pasta.profiling.statistics import Estimate
 from vllm_pasta.tasks import Task
 
 NOT_SHARES = ("fluency",)

@@ -12,13 +12,7 @@ from typing import Any, ClassVar
 
 from vllm_pasta.tasks import biography_data
 from vllm_pasta.tasks.base import Answer, Example, Probe, Task, mean
-from vllm_pasta.tasks.metrics import (
-    MIN_FLUENCY,
-    consistency,
-    contains_value,
-    fluency,
-    json_objects,
-)
+from vllm_pasta.tasks.metrics import MIN_FLUENCY, consistency, contains_value, fluency, json_objects
 
 MAX_TOKENS = 128
 """As in the reference implementation: an object that is begun late is still closed."""

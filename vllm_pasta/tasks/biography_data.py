@@ -84,7 +84,9 @@ def biography(name: str, first: str, rest: str, occupation: str) -> Example:
 
 def make() -> Iterator[Example]:
     """960 people with made-up names, an occupation of BiasBios each, three sentences of rest."""
-    text = (resources.files("vllm_pasta") / "data" / "biographies.json").read_text(encoding="utf-8")
+    text = (resources.files("vllm_pasta.tasks") / "cases" / "biographies.json").read_text(
+        encoding="utf-8"
+    )
     data = json.loads(text)
     surnames, places = data["surnames"].split(), data["places"].split()
     number = 0

@@ -45,7 +45,9 @@ class CounterFact(Task):
                 )  # fmt: skip
 
     def make(self) -> Iterator[Example]:
-        text = (resources.files("vllm_pasta") / "data" / "facts.json").read_text(encoding="utf-8")
+        text = (resources.files("vllm_pasta.tasks") / "cases" / "facts.json").read_text(
+            encoding="utf-8"
+        )
         for relation in json.loads(text):
             subjects: Mapping[str, list[str]] = relation["subjects"]
             answers = list(subjects)

@@ -94,7 +94,9 @@ TOGETHER = (
 
 def make() -> Iterator[Example]:
     """Every topic with one to three instructions, and an ideal answer."""
-    text = (resources.files("vllm_pasta") / "data" / "topics.json").read_text(encoding="utf-8")
+    text = (resources.files("vllm_pasta.tasks") / "cases" / "topics.json").read_text(
+        encoding="utf-8"
+    )
     for topic in json.loads(text):
         for instructions in TOGETHER:
             request = f"Write a short text about {topic['about']}."

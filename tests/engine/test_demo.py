@@ -1,0 +1,224 @@
+"""The demo: its judgements, its layout, and once the whole command."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_pasta.cli.demo import show
+from vllm_pasta.cli.demo_cases import (
+    Case,
+    Result,
+    answers_first,
+    count,
+    counterfact_case,
+    has_json,
+    load_cases,
+)
+from vllm_pasta.cli.terminal import (
+    END,
+    START,
+    Phase,
+    display_width,
+    highlight,
+    printable,
+    side_by_side,
+    wrap,
+)
+from vllm_pasta.errors import PastaError
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ('{"name": "A"}', True),
+        ('Sure:\n```json\n{"name": {"first": "A"}}\n```\nThis is', True),
+        ('{broken} then {"a": 1}', True),
+        ('{"a": {"b": 1}, "c": ', True),  # the paper's measure takes the inner object
+        ('{"name": "A", "occupation": ', False),
+        ("{'name': 'A'}", False),
+        ("[1, 2]", False),
+        ("", False),
+        ("{" * 5_000, False),
+    ],
+)
+def test_has_json(text, valid):
+    assert has_json(text) is valid
+
+
+@pytest.mark.parametrize(
+    ("text", "new_first"),
+    [
+        ("Rome.", True),
+        ("the city of ROME, not Paris", True),
+        ("Paris, now Rome", False),
+        ("Paris", False),
+        ("somewhere", False),
+        ("", False),
+    ],
+)
+def test_answers_first(text, new_first):
+    assert answers_first(text, "Rome", "Paris") is new_first
+
+
+def test_counterfact_case():
+    case = counterfact_case("{} is in", "The Louvre", old="Paris", new="Rome")
+    assert case.prompt == (
+        "Previously, The Louvre is in Paris. Currently, The Louvre is in Rome. The Louvre is in"
+    )
+    assert case.emphasis == "The Louvre is in Rome"
+    assert case.succeeds("Rome")
+    assert not case.succeeds("Paris")
+
+
+def test_own_cases():
+    """At least eight, of both tasks; what is emphasised is there, once."""
+    cases = load_cases(None)
+    assert len(cases) >= 8
+    assert {case.task for case in cases} == {"json", "counterfact"}
+    for case in cases:
+        assert case.prompt.count(case.emphasis) == 1
+        assert not case.succeeds(case.old)
+
+
+def test_real_cases(tmp_path, monkeypatch):
+    def row(old, new):
+        edit = {"prompt": "{} is in", "subject": "X"}
+        return {
+            "requested_rewrite": {**edit, "target_true": {"str": old}, "target_new": {"str": new}},
+            "paraphrase_prompts": [],
+            "neighborhood_prompts": [],
+        }
+
+    rows = [row("New York City", "New York"), row("Paris", "Rome"), row("Oslo", "Lima")]
+    monkeypatch.setenv("VLLM_PASTA_DATA", str(tmp_path))
+    with pytest.raises(PastaError, match="it is not in"):
+        load_cases(1)
+    (tmp_path / "counterfact.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    taken = [case for case in load_cases(1) if case.task == "counterfact"]
+    assert [case.new for case in taken] == ["Rome"]  # the first would emphasise the old fact
+    assert len([case for case in load_cases(9) if case.task == "counterfact"]) == 2
+
+
+def test_count():
+    case = Case("json", "p", "p")
+    results = [Result(case, "no", "{}"), Result(case, "{}", "{}"), Result(case, "no", "no")]
+    assert count(results) == {"json": {"cases": 3, "plain": 1, "emphasised": 2}}
+
+
+def test_display_width():
+    assert display_width("abc") == 3
+    assert display_width("日本") == 4
+    assert display_width("e\u0301") == 1
+    assert display_width(START + "a" + END) == 1
+
+
+def test_wrap_keeps_lines_and_indentation():
+    assert wrap('{\n  "a": 1\n}', 40) == ["{", '  "a": 1', "}"]
+    assert wrap("one two three", 7) == ["one two", "three"]
+    assert wrap("日本語日本語", 5) == ["日本", "語日", "本語"]
+    assert wrap("", 5) == [""]
+
+
+@given(st.text(), st.integers(2, 40))
+def test_wrap_fits_and_loses_nothing(text, width):
+    lines = wrap(printable(text), width)
+    assert all(display_width(line) <= width for line in lines)
+    assert "".join("".join(lines).split()) == "".join(printable(text).split())
+
+
+@given(st.text(), st.text(), st.integers(60, 200))
+def test_columns_line_up(left, right, width):
+    lines = side_by_side(("plain", "emphasised"), (printable(left), printable(right)), width)
+    for line in lines:
+        assert display_width(line) <= width
+        before = line.split(" │", 1)[0] if " │" in line else None
+        assert before is None or display_width(before) <= (width - 3) // 2 or "│" in left
+
+
+def test_side_by_side():
+    assert side_by_side(("a", "b"), ("x\ny", "日本"), 63) == [
+        "a" + " " * 29 + " │ b",
+        "x" + " " * 29 + " │ 日本",
+        "y" + " " * 29 + " │",
+    ]
+
+
+def test_narrow_terminals_stack():
+    assert side_by_side(("a", "b"), ("x", "y z"), 59) == ["a", "  x", "b", "  y z"]
+    assert side_by_side(("a", "b"), ("x", "y z"), 3)[-2:] == ["  y", "  z"]
+
+
+def test_highlight_goes_on_over_line_ends():
+    lines = [f"a {START}b", "c", f"d{END} e", "f"]
+    assert list(highlight(lines, "<", ">")) == ["a <b>", "<c>", "<d> e", "f"]
+
+
+def test_printable_cannot_steer_the_terminal():
+    assert printable("a\x1b[31m\r\nb\tc\x01") == "a·[31m·\nb   c·"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+REPORT = {
+    "model": "m",
+    "heads": "h",
+    "num_heads": 3,
+    "alpha": 0.01,
+    "counts": {"json": {"cases": 1, "plain": 0, "emphasised": 1}},
+    "seconds": {"generation": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("stream", "no_color", "expected"),
+    [
+        (Terminal(), "", "Say \x1b[1;33min JSON\x1b[0m now"),
+        (Terminal(), "1", "Say «in JSON» now"),
+        (io.StringIO(), "", "Say «in JSON» now"),
+    ],
+)
+def test_show(stream, no_color, expected, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("COLUMNS", "100")
+    show(REPORT, [Result(Case("json", "Say in JSON now", "in JSON"), "no", "{}")], stream)
+    text = stream.getvalue()
+    assert expected in text
+    assert "plain ✗ valid JSON" in text
+    assert "emphasised ✓ valid JSON" in text
+    assert "0/1          1/1" in text
+    assert all(display_width(line) <= 100 for line in text.replace("\x1b[1;33m", "").split("\n"))
+
+
+def test_phase_times_and_stops_its_thread():
+    stream = io.StringIO()
+    threads = threading.active_count()
+    with pytest.raises(KeyError), Phase("Work", stream):
+        raise KeyError
+    assert stream.getvalue() == "Work  failed after 0.0 s\n"
+    assert threading.active_count() == threads
+
+
+def test_whole_command():
+    """One engine, in a process of its own; stdout is JSON and nothing else."""
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    command = [sys.executable, "-m", "vllm_pasta.cli", "demo", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    counts = report["counts"]
+    assert counts.keys() == {"json", "counterfact"}
+    assert sum(task["cases"] for task in counts.values()) == len(report["cases"]) >= 8
+    # Measured on more cases in the head set's file; here, that emphasis reaches the model at all.
+    assert all(task["emphasised"] > task["plain"] for task in counts.values())
+    assert "Engine start" in done.stderr
+    assert "WARNING" not in done.stderr

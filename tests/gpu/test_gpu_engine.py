@@ -1,0 +1,124 @@
+"""The GPU's way through vLLM's real engine, without a GPU: both model runners, vLLM's own Triton
+attention (and the FlashAttention and FlashInfer backends, over stand-ins for their kernels), our
+kernel, sliding windows, soft caps and sinks, and requests that come, go and use each other's slots
+(`gpu_job`).
+
+Broken by: a builder or impl that is not ours; a slot that keeps its last request's steering; a row
+that is taken for another; a chunk, a prefix hit or a decode step that is not steered.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import vllm
+from models import tiny_llama, tiny_model
+from oracle import Oracle, Steering
+
+from vllm_pasta.integration.support import GPU_VLLM
+
+pytestmark = pytest.mark.skipif(
+    not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}x"
+)
+TESTS = Path(__file__).parent.parent
+LAYERS = 2
+
+ENGINES = {  # backend, whether Model Runner V2, model type
+    "Triton, V1, sinks": ("TRITON_ATTN", False, "gpt_oss"),
+    "Triton, V2, soft cap": ("TRITON_ATTN", True, "gemma2"),
+    "FlashAttention, V2": ("FLASH_ATTN", True, "llama"),
+    "FlashInfer, V2": ("FLASHINFER", True, "llama"),
+}
+
+
+@dataclass
+class Run:
+    backend: str
+    is_v2: bool
+    report: dict
+    expected: list  # tokens of each of `gpu_job.CASES`, by the oracle
+
+
+@pytest.fixture(scope="module", params=ENGINES.values(), ids=ENGINES)
+def run(request, tmp_path_factory):
+    backend, is_v2, model_type = request.param
+    model = tmp_path_factory.mktemp(model_type)
+    if model_type == "llama":
+        tiny_llama(model, layers=LAYERS)
+    else:  # a windowed layer, and one that sees all
+        tiny_model(
+            model,
+            model_type,
+            num_hidden_layers=LAYERS,
+            initializer_range=0.1,  # a Gemma 2 with more repeats the prompt's last token
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    path = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, TESTS / "support" / "gpu_job.py", model, backend],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path),
+            "VLLM_USE_V2_MODEL_RUNNER": str(int(is_v2)),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    report = json.loads(lines[0].removeprefix("REPORT "))
+    return Run(backend, is_v2, report, expected(model))
+
+
+def expected(model):
+    from gpu_job import CASES
+
+    oracle = Oracle(model)
+    tokens = []
+    for ids, n, emphasis in CASES:
+        steering = emphasis and Steering(
+            emphasis["spans"],
+            {int(layer): heads for layer, heads in emphasis["heads"].items()},
+            emphasis.get("alpha", 0.01),
+            len(ids),
+        )
+        tokens.append(oracle.generate(ids, n, steering)[0])
+    return tokens
+
+
+def test_equals_the_oracle(run):
+    report, expected = run.report, run.expected
+    assert report["backends"] == [run.backend]
+    assert report["runner"].startswith("vllm.v1.worker.cpu.") == run.is_v2
+    assert report["plain"] == expected[:1]
+    assert report["mixed"] == expected
+    assert report["again"] == expected[:3]
+
+
+def test_drafts_equal_the_oracle(run):
+    drafts = run.report["drafts"]
+    assert run.report["drafted"] == run.expected[3:]
+    assert drafts["draft_tokens"] > 0
+    assert (drafts["accepted_tokens"] > 0) == run.is_v2  # by the same model
+
+
+def test_log_sum_exp(run):
+    """FlashAttention is asked for it where something is steered, and at first, for graphs."""
+    once = 2 * LAYERS  # with one row a request, and with several
+    assert run.report["asked before"] == (once if run.backend == "FLASH_ATTN" else 0)
+    assert (run.report["asked"] > 8 * LAYERS) == (run.backend == "FLASH_ATTN")
+
+
+def test_cases_differ(run):
+    """Else equal tokens would prove little: prompts are the same, emphasis is not."""
+    for same in ((0, 2, 6), (1, 3, 5)):
+        n = min(len(run.expected[i]) for i in same)
+        assert len({tuple(run.expected[i][:n]) for i in same}) == len(same)
+
+
+def test_wants_to_be_asked_for(run):
+    assert "--pasta-gpu experimental" in run.report["refused"]

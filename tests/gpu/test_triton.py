@@ -1,0 +1,509 @@
+"""The Triton kernels against dense attention: on a GPU where there is one, else by Triton's
+interpreter (conftest turns it on). And compiled for real GPUs, which needs none.
+
+Broken by: a bias on a wrong key, row or head; a key that a row must not see; a part of a split row
+that is lost; a plain row, head or padding row that is touched.
+"""
+
+import itertools
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention
+from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.steering.plan import LayerAttention
+from vllm_pasta.steering.slots import SteeringBuffers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYER = 1
+
+
+@pytest.fixture(autouse=True)
+def interpreter_multiplies_bfloat16(monkeypatch):
+    """Triton 3.7's interpreter keeps bfloat16 as uint16, and `tl.dot` multiplies these integers."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest),
+    )
+
+
+@dataclass
+class Request:
+    """``heads`` of LAYER are steered; none: a plain request."""
+
+    seq_len: int
+    query_len: int
+    prompt_len: int = 10**6
+    spans: tuple = ()
+    alpha: float = 0.01
+    heads: tuple = ()
+
+
+@dataclass
+class Case:
+    """A step of random numbers, and what it should come to."""
+
+    requests: list
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None
+    nhd: bool = False
+    window: int | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    padding: int = 0
+    seed: int = 0
+    tensors: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        torch.manual_seed(self.seed)
+        blocks = [-(-r.seq_len // self.block_size) for r in self.requests]
+        total = sum(blocks) + 1
+        shape = (total, self.num_kv_heads, self.block_size, 2 * self.head_size)
+        if self.nhd:
+            shape = (total, self.block_size, self.num_kv_heads, 2 * self.head_size)
+        cache = torch.randn(shape)
+        if self.nhd:
+            cache = cache.transpose(1, 2)
+        cache[0] = float("nan")  # vLLM's null block: nothing may be read from it
+        cache = cache.to(self.cache_dtype or self.dtype)
+        table = torch.zeros(len(blocks) + self.padding, max(blocks) + 1, dtype=torch.int32)
+        order = iter(torch.randperm(total - 1) + 1)
+        for r, count in enumerate(blocks):
+            table[r, :count] = torch.tensor([next(order) for _ in range(count)])
+            if self.window is not None:  # blocks that no row of the step sees are given away
+                gone = self.requests[r].seq_len - self.requests[r].query_len + 1 - self.window
+                table[r, : max(0, gone) // self.block_size] = 0
+        ends = list(itertools.accumulate(r.query_len for r in self.requests))
+        query_start = [0, *ends, *[ends[-1]] * self.padding]
+        tokens = ends[-1] + self.padding
+        size = (tokens, self.num_heads, self.head_size)
+        self.attention = LayerAttention(
+            self.head_size**-0.5, self.window, self.soft_cap,
+            (torch.rand(self.num_heads) / 8).to(DEVICE) if self.alibi else None,
+            torch.randn(self.num_heads).to(DEVICE) if self.sinks else None,
+        )  # fmt: skip
+        self.scales = (
+            None
+            if self.cache_dtype is None
+            else (torch.tensor([0.7]).to(DEVICE), torch.tensor([1.3]).to(DEVICE))
+        )
+        self.query = torch.randn(size).to(self.dtype).to(DEVICE)
+        self.cache = cache.to(DEVICE)
+        seq_lens = [r.seq_len for r in self.requests] + [0] * self.padding
+        self.batch = Batch(
+            torch.tensor(query_start, dtype=torch.int32).to(DEVICE),
+            torch.tensor(seq_lens, dtype=torch.int32).to(DEVICE),
+            table.to(DEVICE),
+            max(r.query_len for r in self.requests),
+        )
+        self.buffers = SteeringBuffers(
+            len(self.requests) + 3, len(self.requests) + self.padding, 3, self.num_heads,
+            device=DEVICE,
+        )  # fmt: skip
+        self.workspace = Workspace(self.head_size, DEVICE)
+        self.slots = [len(self.requests) + 1 - r for r in range(len(self.requests))]
+        self.write()
+
+    def write(self):
+        for r, request in enumerate(self.requests):
+            steered = request.heads and ResolvedEmphasis(
+                request.spans,
+                request.alpha,
+                HeadSet.from_json({str(LAYER): request.heads, "2": [0]}),
+                min(request.prompt_len, request.seq_len),
+            )
+            self.buffers.write(self.slots[r], steered or None)
+        return self.buffers.show(self.slots)
+
+    def is_steered(self):
+        """bool ``[num_tokens, num_heads]``."""
+        steered = torch.zeros(self.query.shape[:2], dtype=torch.bool)
+        for r, request in enumerate(self.requests):
+            end = int(self.batch.query_start[r + 1])
+            for head in request.heads:
+                rows = min(request.seq_len - request.spans[0][0], request.query_len)
+                steered[end - max(rows, 0) : end, head] = True
+        return steered
+
+    def dense(self, steer, dtype=torch.float64):
+        """Output and log-sum-exp of each row, computed in ``dtype``, request by request."""
+        output = torch.zeros(self.query.shape, dtype=dtype)
+        lse = torch.zeros(self.query.shape[:2], dtype=dtype)
+        group = self.num_heads // self.num_kv_heads
+        for r, request in enumerate(self.requests):
+            begin = int(self.batch.query_start[r])
+            blocks = self.batch.block_table[r].long()
+            cached = self.cache.to(dtype)[blocks].transpose(1, 2).flatten(0, 1)[: request.seq_len]
+            keys, values = cached.cpu().split(self.head_size, dim=-1)
+            if self.scales is not None:
+                keys, values = keys * self.scales[0].item(), values * self.scales[1].item()
+            first = request.spans[0][0] if request.heads else None
+            prompt_len = min(request.prompt_len, request.seq_len)
+            bias = torch.zeros(request.seq_len, dtype=dtype)
+            bias[:prompt_len] = torch.tensor(request.alpha, dtype=torch.float64).log()
+            for start, end in request.spans:
+                bias[start:end] = 0
+            for i, h in itertools.product(range(request.query_len), range(self.num_heads)):
+                position = request.seq_len - request.query_len + i
+                begin_key = 0 if self.window is None else max(0, position + 1 - self.window)
+                seen = slice(begin_key, position + 1)
+                logits = keys[seen, h // group] @ self.query[begin + i, h].cpu().to(dtype)
+                logits = logits * self.attention.scale
+                if self.soft_cap is not None:
+                    logits = (logits / self.soft_cap).tanh() * self.soft_cap
+                if self.alibi:
+                    distance = torch.arange(begin_key, position + 1) - position
+                    logits = logits + self.attention.alibi_slopes[h].item() * distance
+                lse[begin + i, h] = logits.logsumexp(0)
+                if steer and h in request.heads and position >= first:
+                    logits = logits + bias[seen]
+                if self.sinks:
+                    sink = self.attention.sinks[h].cpu().to(dtype)[None]
+                    logits = torch.cat([logits, sink])
+                weights = logits.softmax(0)[: position + 1 - begin_key]
+                output[begin + i, h] = weights @ values[seen, h // group]
+        return output, lse
+
+    def run(self, output, lse=None):
+        """The kernels, over the plain ``output``."""
+        output = output.to(self.dtype).to(DEVICE)
+        steered_attention(
+            self.query, self.cache, output, self.buffers, LAYER, self.batch, self.attention,
+            self.workspace, self.scales, None if lse is None else lse.float().to(DEVICE),
+        )  # fmt: skip
+        assert not self.workspace.counters.any()  # as the next launch must find them
+        return output.cpu()
+
+    def check(self, tolerance=1e-5):
+        """Both kernels give the dense result, and touch nothing that is plain."""
+        plain, lse = self.dense(steer=False)
+        wanted, _ = self.dense(steer=True)
+        same = ~self.is_steered()
+        assert (plain == wanted).all(-1)[same].all()
+        for given_lse in (None, lse):
+            output = self.run(plain, given_lse)
+            assert torch.equal(output[same], plain.to(self.dtype)[same])
+            error = (output.double() - wanted).abs().max()
+            if self.dtype == torch.float32:
+                assert error < tolerance
+            else:  # at most twice that of plain torch in that dtype
+                assert error <= 2 * (self.dense(True, self.dtype)[0].double() - wanted).abs().max()
+
+
+MIXED = [
+    Request(40, 40, spans=((3, 9), (20, 22)), heads=(0, 2)),
+    Request(70, 3, 69, ((60, 69),), 0.5, (1, 3)),
+    Request(33, 1, 30, ((0, 2),), 20.0, (3,)),
+    Request(17, 17),
+    Request(1, 1),
+    Request(97, 20, spans=((80, 85),), heads=(0, 1, 2, 3)),  # a chunk that begins before the span
+    Request(30, 5, spans=((29, 30),), heads=(2,)),  # all but its last row are plain
+]
+DECODE = [
+    Request(1025, 1, 600, ((5, 280), (511, 514)), heads=(0, 1, 3)),  # keys for several programs
+    Request(97, 1, 97, ((90, 97),), 0.1, (2,)),
+    Request(17, 1, 3, ((1, 2),), 5.0, (0, 3)),
+    Request(50, 1),
+    Request(1, 1, heads=(1,), spans=((0, 1),)),
+]
+DRAFTED = [  # as speculative decoding verifies
+    Request(1025, 4, 1000, ((5, 6), (511, 514)), heads=(0, 1)),
+    Request(60, 4),
+    Request(40, 4, 38, ((37, 38),), 0.1, (2, 3)),
+]
+STEPS = {"mixed": MIXED, "decode": DECODE}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nhd": True, "padding": 3},
+        {"block_size": 128},
+        {"block_size": 32, "head_size": 128},
+        {"head_size": 80},
+        {"head_size": 256, "num_kv_heads": 1},
+        {"num_kv_heads": 4},
+        {"num_heads": 40, "num_kv_heads": 5},
+        {"num_heads": 6},
+        {"window": 24},
+        {"window": 5, "sinks": True},
+        {"soft_cap": 2.0},
+        {"alibi": True, "nhd": True},
+        {"sinks": True},
+        {"window": 40, "soft_cap": 5.0, "alibi": True},
+    ],
+    ids=str,
+)
+def test_dense(step, options):
+    Case(STEPS[step], **options).check()
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 2, "sinks": True}, {"window": 24}], ids=str)
+def test_drafted(options):
+    Case(DRAFTED, **options).check()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(step, dtype):
+    Case(STEPS[step], dtype=dtype, nhd=True).check()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_cache(step, cache_dtype):
+    Case(STEPS[step], cache_dtype=cache_dtype).check()
+
+
+@st.composite
+def requests(draw):
+    seq_len = draw(st.integers(1, 80))
+    query_len = draw(st.integers(1, seq_len))
+    prompt_len = draw(st.integers(1, seq_len))
+    cuts = sorted(draw(st.sets(st.integers(0, prompt_len), min_size=2, max_size=8)))
+    spans = tuple(zip(cuts[::2], cuts[1::2], strict=False))
+    heads = tuple(sorted(draw(st.sets(st.integers(0, 3)))))
+    alpha = draw(st.sampled_from([1e-4, 0.01, 0.5, 3.0]))
+    return Request(seq_len, query_len, prompt_len, spans, alpha, heads if spans else ())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=4), st.sampled_from([None, 1, 7]), st.booleans())
+def test_any_step(batch, window, nhd):
+    case = Case(batch, window=window, nhd=nhd)
+    plain, lse = case.dense(steer=False)
+    wanted, _ = case.dense(steer=True)
+    for given_lse in (None, lse):
+        assert (case.run(plain, given_lse).double() - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_more_heads_than_a_tile_has_rows(query_len):
+    """20 to a KV head."""
+    steered = Request(30, query_len, 28, ((2, 5),), heads=(0, 18, 39))
+    Case([steered, Request(20, query_len)], num_heads=40, num_kv_heads=2).check()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own order")
+def test_programs_in_another_order(monkeypatch):
+    """Those that share a row's keys leave their parts in places of their own."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    set_grid_idx = InterpreterBuilder.set_grid_idx
+    calls = []
+
+    def last_parts_first(self, *at):
+        calls.append(at)
+        x, y, z = self.grid_dim
+        part, block = divmod((at[0] * y + at[1]) * z + at[2], x * y)
+        set_grid_idx(self, *divmod(block, y), z - 1 - part)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", last_parts_first)
+    Case(DECODE).check()
+    assert calls
+
+
+def test_other_layers_heads(monkeypatch):
+    """A layer without steered heads, though others of the request have some."""
+    case = Case(MIXED)
+    plain, _ = case.dense(steer=False)
+    monkeypatch.setattr(f"{__name__}.LAYER", 0)
+    assert torch.equal(case.run(plain), plain.float())
+
+
+def test_launches_do_not_depend_on_what_is_steered(monkeypatch):
+    """A CUDA graph replays launches: with other contents they must be the same."""
+    from vllm_pasta.kernels.gpu import steer
+
+    launches = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                shown = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+                launches.append((self.name, grid, shown, options))
+
+            return launch
+
+    monkeypatch.setattr(steer, "steer", Recorder("steer"))
+    case = Case(DECODE)
+    output = torch.zeros_like(case.query)
+    lse = torch.zeros(case.query.shape[:2], device=DEVICE)
+    recorded = []
+    for requests in (DECODE, [Request(r.seq_len, 1) for r in DECODE], DECODE[::-1]):
+        case.requests = requests
+        case.write()
+        launches.clear()
+        steered_attention(
+            case.query, case.cache, output, case.buffers, LAYER, case.batch, case.attention,
+            case.workspace, lse=lse,
+        )  # fmt: skip
+        recorded.append(list(launches))
+    assert recorded[0]
+    assert recorded[0] == recorded[1] == recorded[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: setattr(c, "cache", c.cache.half()), "a KV cache in the query's dtype"),
+        (lambda c: setattr(c, "cache", c.cache[..., :64]), "2 \\* head_size"),
+        (lambda c: setattr(c, "query", c.query[:, :3]), "one shape.*multiple of the KV heads"),
+        (lambda c: setattr(c, "attention", LayerAttention(0.0)), "scale, window and soft_cap"),
+        (lambda c: setattr(c.buffers, "slots", c.buffers.slots[:4]), "5 requests for 4 slots"),
+    ],
+)
+def test_wrong_arguments(change, words):
+    case = Case(DECODE)
+    output, _ = case.dense(steer=False)
+    change(case)
+    with pytest.raises(ValueError, match=words):
+        case.run(output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_lse", [False, True])
+def test_cuda_graph(use_lse):
+    """Captured while nothing is shown; replayed with requests that come, change and go."""
+    case = Case(DECODE)
+    plain, lse = case.dense(steer=False)
+    lse = lse.float().to(DEVICE) if use_lse else None
+    output = plain.float().to(DEVICE)
+
+    def step():
+        steered_attention(
+            case.query, case.cache, output, case.buffers, LAYER, case.batch, case.attention,
+            case.workspace, lse=lse,
+        )  # fmt: skip
+
+    case.buffers.hide()
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    steered = [*DECODE[:2], Request(17, 1, 3, ((0, 1), (2, 3)), 0.2, (1,)), *DECODE[3:]]
+    for requests in (DECODE, steered, [Request(r.seq_len, 1) for r in DECODE], DECODE):
+        case.requests = requests
+        case.write()
+        output.copy_(plain)
+        graph.replay()
+        wanted, _ = case.dense(steer=True)
+        assert (output.cpu().double() - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_split_keys_many_times():
+    """Whoever comes last: parts are put together in their own order, so not a bit differs."""
+    case = Case([Request(4000 + r, 1, 3000, ((5, 2000),), heads=(0, 1, 3)) for r in range(8)])
+    plain, lse = case.dense(steer=False)
+    for given_lse in (None, lse):
+        first = case.run(plain, given_lse)
+        assert all(torch.equal(case.run(plain, given_lse), first) for _ in range(200))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool):
+    """No access out of bounds, and no race in shared memory."""
+    done = subprocess.run(
+        [
+            *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
+            *(sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_dense or fp8"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stdout[-3000:]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_pasta.kernels.triton import tile
+from vllm_pasta.kernels.gpu.steer import steer
+
+POINTERS = {"rows": "i32", "slots": "i32", "query_start": "i32", "seq_lens": "i32",
+            "block_table": "i32", "lse": "fp32", "alibi_slopes": "fp32", "key_scale": "fp32",
+            "value_scale": "fp32", "sums": "fp32", "states": "fp32", "counters": "i32"}
+ALIGNED = (*POINTERS, "query", "output", "sinks", "kv_cache", "stride_q_row", "stride_q_head",
+           "stride_o_row", "stride_o_head", "stride_block", "stride_kv_head", "stride_kv_row")
+VARIANTS = ((80, "bf16", "bf16", 128, True, False), (80, "fp16", "fp8e5", 64, False, False),
+            (80, "fp32", "fp32", 256, False, True), (90, "bf16", "bf16", 256, False, True),
+            (90, "bf16", "fp8e4nv", 64, True, False), (90, "bf16", "bf16", 128, False, True),
+            (90, "bf16", "bf16", 128, True, True))
+for capability, dtype, cache, head_size, is_decode, has_lse in VARIANTS:
+    pointers = {**POINTERS, "query": dtype, "output": dtype, "sinks": dtype, "kv_cache": cache}
+    block_m, block_n = tile(4, head_size, 4 if dtype == "fp32" else 2, is_decode)
+    fixed = {
+        "GROUP": 4, "HEAD": head_size, "HEAD_PADDED": head_size, "BLOCK_SIZE": 16,
+        "BLOCK_M": block_m, "BLOCK_Q": block_m // 4, "BLOCK_N": block_n, "MAX_REQUESTS": 256,
+        "SHARE": 256, "IS_DECODE": is_decode, "HAS_SCALES": cache != dtype, "HAS_LSE": has_lse,
+        **dict.fromkeys(("HAS_ALIBI", "HAS_SOFT_CAP", "HAS_WINDOW"), True),
+        "HAS_SINKS": not has_lse,
+    }
+    signature = {
+        name: "constexpr" if name in fixed
+        else f"*{pointers[name]}" if name in pointers
+        else "fp32" if name in ("scale", "soft_cap")
+        else "i32"
+        for name in steer.arg_names
+    }
+    known = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(steer.arg_names) if name in ALIGNED
+    }
+    compiled = triton.compile(
+        ASTSource(steer, signature, fixed, known), target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 4, "num_stages": 3},
+    )
+    assert compiled.asm["cubin"]
+    print(capability, dtype, cache, head_size, "cp.async.c" in compiled.asm["ptx"],
+          compiled.metadata.shared)
+"""
+
+
+def test_compiles_for_gpus():
+    """To machine code, by the compiler that a GPU user has; the interpreter forgives what it does
+    not. The next tile is copied while one is computed; shared memory fits the smallest GPUs."""
+    env = {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(Path.home())}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, timeout=600
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    variants = [line.split()[-2:] for line in done.stdout.splitlines()]
+    assert len(variants) == 7
+    assert all(is_pipelined == "True" for is_pipelined, _ in variants), done.stdout
+    assert max(int(shared) for _, shared in variants) <= 99 * 1024

@@ -1,0 +1,125 @@
+"""vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
+
+``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER``. FlashAttention and FlashInfer do not run
+here: what they compute is written anew in torch (`gpu_stand_ins`), so of these backends it is
+vLLM's Python that runs.
+Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
+V2: a draft model). In a process of its own, since Triton is to be
+found before vllm is imported. Only three things are told otherwise than they are: that Triton has
+a backend for CPUs, what a GPU can do, and that this is one when `support` asks.
+"""
+# ruff: noqa: E402
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ.update(
+    TRITON_INTERPRET="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+)
+from triton.backends import backends
+
+backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
+
+import torch
+
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+
+from gpu_stand_ins import LSE_CALLS, STAND_INS
+from models import random_ids
+
+SHORT, LONG = random_ids(20, 1), random_ids(60, 2)
+ALL_HEADS = {str(layer): [0, 1, 2, 3] for layer in range(2)}
+CASES = [  # prompt, new tokens, emphasis
+    (SHORT, 5, None),
+    (LONG, 4, {"spans": [[10, 20], [55, 57]], "heads": {"1": [0, 3]}}),
+    (SHORT, 3, {"spans": [[2, 9]], "heads": ALL_HEADS, "alpha": 0.001}),
+    (LONG, 3, {"spans": [[30, 58]], "heads": {"0": [1], "1": [2]}, "alpha": 20.0}),
+    (SHORT, 4, None),
+    (LONG, 3, {"spans": [[30, 58]], "heads": ALL_HEADS, "alpha": 0.5}),
+    (SHORT, 5, {"spans": [[0, 3]], "heads": {"0": [0, 1, 2, 3]}}),
+]
+
+NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
+
+def main(model, backend):
+    from vllm import LLM, SamplingParams
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_pasta.errors import UnsupportedError
+    from vllm_pasta.integration import support
+
+    support.is_gpu = lambda: True
+    load_general_plugins()
+    if backend in STAND_INS:
+        STAND_INS[backend]()
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"vllm_pasta.integration.worker.gpu.{backend}")
+
+    def start(speculative=None, **pasta):
+        return LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            disable_log_stats=False,
+            gpu_memory_utilization=0.05,
+            kv_cache_memory_bytes=2**24,
+            max_model_len=128,
+            skip_tokenizer_init=True,
+            block_size=16,
+            max_num_seqs=3,  # fewer than there are requests: slots are used again
+            max_num_batched_tokens=48,  # long prompts are cut
+            speculative_config=speculative,
+            additional_config={"pasta": pasta},
+        )
+
+    def run(llm, cases):
+        params = [
+            SamplingParams(
+                temperature=0, max_tokens=n, ignore_eos=True, detokenize=False,
+                extra_args=emphasis and {"emphasis": emphasis},
+            )
+            for _, n, emphasis in cases
+        ]  # fmt: skip
+        prompts = [{"prompt_token_ids": ids} for ids, _, _ in cases]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    try:
+        start()
+        refused = None
+    except UnsupportedError as e:
+        refused = str(e)
+    llm = start(gpu="experimental")
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    report = {
+        "refused": refused,
+        "runner": type(runner).__module__,
+        "backends": sorted({g.backend.get_name() for gs in runner.attn_groups for g in gs}),
+        "plain": run(llm, CASES[:1]),
+        "asked before": len(LSE_CALLS),
+        "mixed": run(llm, CASES),
+        "again": run(llm, CASES[:3]),  # with prefix hits, and slots that others had
+    }
+    report["asked"] = len(LSE_CALLS)
+    del llm
+    is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    draft = {"method": "draft_model", "model": model} if is_v2 else NGRAM
+    llm = start({**draft, "num_speculative_tokens": 2}, gpu="experimental")
+    report["drafted"] = run(llm, CASES[3:])
+    report["drafts"] = {
+        m.name.removeprefix("vllm:spec_decode_num_"): m.value
+        for m in llm.get_metrics()
+        if m.name.startswith("vllm:spec_decode_num_") and hasattr(m, "value")
+    }
+    print("REPORT", json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""`vllm-pasta explain` shows what a request would emphasise."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vllm_pasta.cli import main
+
+PROMPT = "Name three colours. Answer in JSON. Be brief."
+
+
+@pytest.fixture
+def explain(smollm2, capsys):
+    def run(*arguments):
+        status = main(["explain", "--model", str(smollm2), *arguments])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+def test_text(explain):
+    status, out, _ = explain("--prompt", PROMPT, "--emphasis", "Answer in JSON.")
+    assert status == 0
+    assert "Name three colours.« Answer in JSON.» Be brief." in out
+    assert "4 of 11 tokens emphasised: [4, 8)" in out
+
+
+def test_json(explain):
+    emphasis = json.dumps({"text": {"text": "e", "occurrence": "last"}})
+    _, out, _ = explain("--prompt", PROMPT, "--emphasis", emphasis, "--json")
+    report = json.loads(out)
+    assert report["prompt_tokens"] == 11
+    assert report["emphasised"] == [{"tokens": [9, 10], "text": " brief", "pieces": [" brief"]}]
+
+
+def test_tags_and_messages(explain, tmp_path):
+    """Tags are read by default; a conversation goes through its template."""
+    _, out, _ = explain("--prompt", "a <b>word</b> here", "--tag", "b")
+    assert "a« word» here" in out
+    messages = tmp_path / "messages.json"
+    messages.write_text(
+        json.dumps([{"role": "user", "content": [{"type": "text", "text": PROMPT}]}])
+    )
+    _, out, _ = explain("--messages", f"@{messages}", "--emphasis", '[{"role": "user"}]')
+    assert f"<|im_start|>user\n«{PROMPT}»<|im_end|>" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", PROMPT, "--emphasis", "Answer in XML"], "closest is 'Answer in JSO'"),
+        (["--prompt", PROMPT, "--emphasis", "null"], "got null"),
+        (["--prompt", "@/no/such/file"], "cannot be read"),
+        (["--messages", "{"], "chat messages as JSON"),
+        (["--messages", "{}"], "role"),
+        (["--messages", '[{"content": "no role"}]'], "chat template"),
+    ],
+)
+def test_errors(explain, arguments, words):
+    status, _, err = explain(*arguments)
+    assert status == 1
+    assert words in err
+
+
+def test_pieces_are_not_decoded_alone(capsys, monkeypatch):
+    """SentencePiece: a token decoded by itself loses its space."""
+    from test_locate import CORPUS, sentencepiece_like
+
+    monkeypatch.setattr("vllm_pasta.cli.explain.load_tokenizer", lambda _: sentencepiece_like())
+    arguments = ["--prompt", CORPUS[0], "--emphasis", "three colours"]
+    assert main(["explain", "--model", "x", *arguments]) == 0
+    shown = capsys.readouterr().out.split("\n\n")[0]
+    assert shown.replace("«", "").replace("»", "").endswith(CORPUS[0])
+    assert shown.split("«")[1].split("»")[0].strip() == "three colours"
+    assert main(["explain", "--model", "x", *arguments, "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["emphasised"]
+    assert entry["text"].strip() == "three colours"
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^\$ (vllm-pasta explain (?:.*\\\n)*.*)\n((?:(?!\$ |```).*\n)*)", README, re.M)
+
+
+def test_readme_shows_every_way():
+    words = "".join(command for command, _ in SHOWN)
+    for way in ("text", "occurrence", "chars", "spans", "message", "role", "<emphasis>", "**"):
+        assert way in words
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(len(SHOWN)))
+def test_readme(command, output, smollm2, capsys):
+    """What the README shows is what the program prints."""
+    arguments = shlex.split(command.replace("MODEL", str(smollm2)).replace("\\\n", " "))
+    assert main(arguments[1:]) == 0
+    printed = capsys.readouterr().out
+    assert [line.rstrip() for line in printed.rstrip().splitlines()] == output.rstrip().splitlines()
+
+
+def test_unknown_model(capsys):
+    assert main(["explain", "--model", "/no/such/model", "--prompt", "a"]) == 1
+    assert "no tokenizer there" in capsys.readouterr().err

@@ -1,0 +1,269 @@
+"""The HTTP surface: our fields at the top level of a body, and the report in a header."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_pasta import Emphasis, EmphasisError
+from vllm_pasta.integration import upstream
+from vllm_pasta.integration.frontend import metrics
+from vllm_pasta.integration.frontend.middleware import (
+    HEADER_LIMIT_BYTES,
+    EmphasisMiddleware,
+    header,
+    rewrite,
+    rewrite_batch_line,
+)
+
+
+def rewritten(**request):
+    body, wanted = rewrite(json.dumps(request).encode())
+    return json.loads(body), wanted
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "carried"),
+    [
+        ("a", "a"),
+        (["a", "b"], ["a", "b"]),
+        ({"text": "a"}, '{"text": "a"}'),
+        ([{"role": "user"}, "a"], '{"text": [{"role": "user"}, "a"]}'),
+        (5, 5),  # vLLM and admission say what is wrong with it
+    ],
+)
+def test_top_level_moves_into_xargs(emphasis, carried):
+    request, wanted = rewritten(model="m", emphasis=emphasis, vllm_xargs={"x": 1})
+    assert request == {"model": "m", "vllm_xargs": {"x": 1, "emphasis": carried}}
+    assert not wanted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"emph\u0061sis": "a"}',
+        '{"emphasis": "a"}'.encode("utf-16"),
+        b'{"vllm_xargs": null, "emphasis": "a"}',
+        b'{"emphasis": "b", "emphasis": "a"}',
+    ],
+)
+def test_however_json_writes_it(body):
+    """What vLLM's parser would take for our field is taken for it here."""
+    assert json.loads(rewrite(body)[0]) == {"vllm_xargs": {"emphasis": "a"}}
+
+
+def test_flat_keys_at_the_top_level():
+    """They are not dropped: neither the known, nor a misspelt one, which admission refuses."""
+    request, _ = rewritten(emphasis="a", emphasis_alpha=0.5, emphasis_heads={"1": [2]}, emphasise=1)
+    assert request["vllm_xargs"] == {
+        "emphasis": "a",
+        "emphasis_alpha": 0.5,
+        "emphasis_heads": '{"1": [2]}',
+        "emphasise": 1,
+    }
+
+
+def test_batch_file():
+    """A line of `vllm run-batch`."""
+    line = {"custom_id": "1", "url": "/v1/chat/completions", "body": {"emphasis": {"text": "a"}}}
+    after = json.loads(rewrite_batch_line(json.dumps(line)))
+    assert after == {**line, "body": {"vllm_xargs": {"emphasis": '{"text": "a"}'}}}
+    from vllm.entrypoints.launchers.run_batch import BatchRequestInput
+
+    upstream.apply()
+    upstream.apply_frontend()
+    line["body"]["messages"] = [{"role": "user", "content": "a"}]
+    request = BatchRequestInput.model_validate_json(json.dumps({**line, "method": "POST"}))
+    assert request.body.to_sampling_params(1, {}).extra_args == {"emphasis": '{"text": "a"}'}
+    plain = json.dumps({**line, "body": {"messages": "emphasis"}})
+    assert json.loads(rewrite_batch_line(plain)) == json.loads(plain)
+    assert rewrite_batch_line("{") == "{"
+
+
+@pytest.mark.parametrize("brackets", [("[", "]"), ('{"text":', "}")])
+def test_deeply_nested(brackets):
+    """Refused or left to vLLM, at whatever depth Python gives up: reading, writing or showing."""
+    opening, closing = brackets
+    outcomes = set()
+    for depth in (100, *range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()), 5000):
+        body = f'{{"emphasis": {opening * depth}1{closing * depth}}}'.encode()
+        try:
+            carried, _ = rewrite(body)
+        except EmphasisError:
+            outcomes.add("refused here")
+            continue
+        if carried == body:
+            outcomes.add("left to vLLM")
+            continue
+        outcomes.add("refused at admission")
+        with pytest.raises(EmphasisError):
+            Emphasis.parse({"emphasis": json.loads(body)["emphasis"]})
+        with pytest.raises(EmphasisError):
+            Emphasis.parse(json.loads(carried)["vllm_xargs"])
+    assert outcomes >= {"left to vLLM", "refused at admission"}
+    nested = []
+    for _ in range(5000):  # from Python, where nothing was parsed
+        nested = [nested]
+    with pytest.raises(EmphasisError, match="deeply nested list"):
+        Emphasis.parse({"emphasis": {"chars": [nested]}})
+
+
+@pytest.mark.parametrize("value", [True, 1])
+def test_return_emphasis(value):
+    assert rewritten(return_emphasis=value, emphasis="a")[1]
+    request, wanted = rewritten(vllm_xargs={"return_emphasis": value, "emphasis": "a"})
+    assert wanted
+    assert request == {"vllm_xargs": {"emphasis": "a"}}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"emphasis": "a", "vllm_xargs": {"emphasis": "b"}},
+        {"emphasis": True},
+        {"return_emphasis": "yes", "emphasis": "a"},
+        {"return_emphasis": 2},
+    ],
+)
+def test_refused(request_):
+    with pytest.raises(EmphasisError):
+        rewrite(json.dumps(request_).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{}", b'{"prompt": "a"}', b'{"prompt": "emphasis"', b'["emphasis"]', b"\xff"),
+        *(b'{"prompt":  "emphasis"}', b'{"x": {"emphasis": 1}}', b'{"prompt": "\\u00e9"}'),
+        *(b'{"emphasis": "a", "vllm_xargs": 3}', b'{"vllm_xargs": {"emphasis":  "a"}}'),
+    ],
+)
+def test_other_bodies_pass_byte_for_byte(body):
+    assert rewrite(body) == (body, False)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@given(json_values, json_values, json_values)
+def test_any_json(emphasis, wanted, xargs):
+    """Rewritten, refused, or left to vLLM; nothing else, and never dropped."""
+    request = {"emphasis": emphasis, "return_emphasis": wanted, "vllm_xargs": xargs, "n": 1}
+    try:
+        body, _ = rewrite(json.dumps(request).encode())
+    except EmphasisError:
+        return
+    after = json.loads(body)
+    assert after["n"] == 1
+    if "emphasis" not in after and emphasis is not None:
+        assert after["vllm_xargs"]["emphasis"] is not None
+
+
+def test_header_fits():
+    """Long texts are cut, never the ranges; it is ASCII."""
+    entries = [
+        {"prompt": i, "emphasised": [{"tokens": [1, 9], "text": "é🎉" * 3000}]} for i in range(5)
+    ]
+    text = header(entries)
+    assert len(text) <= HEADER_LIMIT_BYTES
+    assert text.isascii()
+    assert [entry["emphasised"][0]["tokens"] for entry in json.loads(text)] == [[1, 9]] * 5
+    many = [{"prompt": 0, "emphasised": [{"tokens": [i, i + 1], "text": ""} for i in range(999)]}]
+    assert "999 ranges" in json.loads(header(many))["error"]
+
+
+def call(body, path="/v1/completions", app=None, root_path=""):
+    """One request through the middleware, its body in two pieces."""
+    seen, sent = {}, []
+
+    async def default(scope, receive, send):
+        seen["body"] = (await receive())["body"]
+        seen["headers"] = dict(scope["headers"])
+        if (entries := metrics.report.get()) is not None:
+            entries.append({"prompt": 0, "emphasised": []})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run():
+        pieces = [body[:3], body[3:]]
+
+        async def receive():
+            piece = pieces.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "root_path": root_path,
+            "headers": [
+                (b"content-length", str(len(body)).encode()),
+                (b"content-type", b"application/json"),
+            ],
+        }
+        await EmphasisMiddleware(app or default)(scope, receive, send)
+
+    asyncio.run(run())
+    return seen, sent
+
+
+def test_middleware():
+    seen, sent = call(json.dumps({"emphasis": {"text": "a"}, "return_emphasis": True}).encode())
+    assert json.loads(seen["body"]) == {"vllm_xargs": {"emphasis": '{"text": "a"}'}}
+    assert seen["headers"] == {
+        b"content-length": str(len(seen["body"])).encode(),
+        b"content-type": b"application/json",
+    }
+    assert dict(sent[0]["headers"])[b"x-emphasis"] == b'[{"prompt": 0, "emphasised": []}]'
+    assert metrics.report.get() is None
+
+
+def test_middleware_without_report():
+    _, sent = call(b'{"emphasis": "a"}')
+    assert sent[0]["headers"] == []
+
+
+def test_middleware_refuses():
+    seen, sent = call(b'{"emphasis": true}')
+    assert not seen
+    assert sent[0]["status"] == 400
+    assert json.loads(sent[1]["body"])["error"]["param"] == "emphasis"
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path"),
+    [("/invocations", ""), ("/v1/messages", ""), ("/v1/chat/completions/render", ""),
+     ("/api/v1/completions", "/api"), ("/v1/completions", "/api")],
+)  # fmt: skip
+def test_every_way_in(path, root_path):
+    """Other endpoints whose models have vllm_xargs; a proxy's prefix, stripped or not."""
+    seen, _ = call(b'{"emphasis": "a"}', path=path, root_path=root_path)
+    assert json.loads(seen["body"]) == {"vllm_xargs": {"emphasis": "a"}}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions/batch", "/inference/v1/generate", "/generative_scoring"]
+)
+def test_endpoints_that_would_drop_it(path):
+    """Refused where vLLM's models have no room for it; other bodies pass as they are."""
+    for body in (b'{"emphasis": "a"}', b'{"vllm_xargs": {"emphasis_alpha": 1}}'):
+        seen, sent = call(body, path=path)
+        assert (seen, sent[0]["status"]) == ({}, 400)
+        assert path in json.loads(sent[1]["body"])["error"]["message"]
+    for body in (b'{"prompt":  "emphasis"}', b"{", b'{"emphasis": null}'):
+        assert call(body, path=path)[0]["body"] == body
+
+
+def test_our_routes_read_bodies_themselves():
+    seen, _ = call(b'{"emphasis": true}', path="/v1/emphasis/resolve")
+    assert seen["body"] == b'{"e'

@@ -1,0 +1,502 @@
+"""Every kernel against a dense computation in fp64 that shares no code with them.
+
+The tests pack the KV cache themselves and fill its unused slots with NaN.
+"""
+
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_pasta.errors import ConfigError
+from vllm_pasta.kernels import reference
+from vllm_pasta.kernels.cpu import launch, select
+from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
+
+KERNELS = {"cpp": launch.steered_attention, "reference": reference.steered_attention}
+LAYER = 3
+
+
+@dataclass
+class Request:
+    """One request of a batch; plain where it has no spans."""
+
+    seq_len: int
+    query_len: int
+    spans: tuple[tuple[int, int], ...] = ()
+    prompt_len: int | None = None
+    alpha: float = 0.01
+    heads: tuple[int, ...] = (0,)
+
+    def emphasis(self) -> ResolvedEmphasis:
+        heads = HeadSet(((LAYER, self.heads),))
+        return ResolvedEmphasis(self.spans, self.alpha, heads, self.prompt_len or self.seq_len)
+
+
+@dataclass
+class Case:
+    """A batch, and the tensors that vLLM would hold for it."""
+
+    requests: list[Request]
+    dtype: torch.dtype = torch.float32
+    layout: str = "vec"
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 128
+    kind: dict[str, Any] = field(default_factory=dict)  # of LayerAttention, but for the scale
+    keys: list[torch.Tensor] = field(init=False)
+    values: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        lengths = [r.seq_len for r in self.requests]
+
+        def random(n: int, heads: int) -> torch.Tensor:
+            return torch.randn(n, heads, self.head_size).to(self.dtype)
+
+        self.keys = [random(n, self.num_kv_heads) * 2 for n in lengths]
+        self.values = [random(n, self.num_kv_heads) for n in lengths]
+        self.query = random(sum(r.query_len for r in self.requests), self.num_heads) * 2
+        self.attention = LayerAttention(self.head_size**-0.5, **self.kind)
+        self.starts = [0]
+        for r in self.requests:
+            self.starts.append(self.starts[-1] + r.query_len)
+        self._pack()
+
+    def _pack(self) -> None:
+        """Blocks in random order; every slot without a token is NaN.
+
+        What is missing in the block table, at its end or before the window, is -1.
+        """
+        d, size = self.head_size, self.block_size
+        counts = [-(-r.seq_len // size) for r in self.requests]
+        order = torch.randperm(sum(counts) + 2)
+        self.block_table = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
+        self.kv_cache = torch.full(
+            (len(order), self.num_kv_heads, size, 2 * d), float("nan"), dtype=self.dtype
+        )
+        taken = 0
+        for r, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            first = self.requests[r].seq_len - self.requests[r].query_len + 1
+            first -= self.kind.get("window", first)  # vLLM gives away the blocks before its block
+            for b in range(max(0, first) // size, counts[r]):
+                block = int(order[taken])
+                taken += 1
+                self.block_table[r, b] = block
+                for head in range(self.num_kv_heads):
+                    k, v = self.kv_cache[block, head].flatten().chunk(2)
+                    tokens = slice(b * size, min((b + 1) * size, len(keys)))
+                    n = tokens.stop - tokens.start
+                    if self.layout == "amx":
+                        t, c = torch.arange(n)[:, None], torch.arange(d)[None]
+                        k[(t // 16) * (d * 16) + (c // 2) * 32 + (t % 16) * 2 + c % 2] = keys[
+                            tokens, head
+                        ]
+                        v[(c // 16) * (size * 16) + (t // 2) * 32 + (c % 16) * 2 + t % 2] = values[
+                            tokens, head
+                        ]
+                    else:
+                        k.view(d, size)[:, :n] = keys[tokens, head].T
+                        v.view(size, d)[:n] = values[tokens, head]
+
+    def plan(self) -> StepPlan:
+        static = StaticPlan.pack(
+            [(i, r.emphasis()) for i, r in enumerate(self.requests) if r.spans]
+        )
+        plan = StepPlan.build(
+            static,
+            torch.tensor(self.starts, dtype=torch.int32),
+            torch.tensor([r.seq_len for r in self.requests], dtype=torch.int32),
+            self.block_table,
+        )
+        assert plan is not None
+        return plan
+
+    def run(self, kernel, output: torch.Tensor | None = None) -> torch.Tensor:
+        """The output, made from the plain one; NaN where nothing is to be written."""
+        if output is None:
+            output = torch.empty_like(self.query)
+        output.copy_(self.dense(torch.float64, steered=False))
+        plan = self.plan()
+        heads = plan.static.layers[LAYER]
+        kernel(self.query, self.kv_cache, output, plan, heads, self.attention, self.layout)
+        return output
+
+    def dense(self, dtype: torch.dtype, steered: bool = True) -> torch.Tensor:
+        """The steered pairs, or their plain attention, by the textbook and all in ``dtype``."""
+        output = torch.full_like(self.query, float("nan"), dtype=dtype)
+        group = self.num_heads // self.num_kv_heads
+        for i, r in enumerate(self.requests):
+            if not r.spans:
+                continue
+            q_pos = torch.arange(r.seq_len - r.query_len, r.seq_len)[:, None]
+            k_pos = torch.arange(r.seq_len)[None]
+            hidden = (k_pos > q_pos) | (q_pos - k_pos >= self.kind.get("window", r.seq_len))
+            emphasised = sum((k_pos >= a) & (k_pos < b) for a, b in r.spans).bool()
+            scaled = steered & ~emphasised & (k_pos < (r.prompt_len or r.seq_len))
+            bias = torch.where(scaled, torch.tensor(r.alpha, dtype=torch.float64).log(), 0.0)
+            bias = bias.masked_fill(hidden, float("-inf")).to(dtype)  # [T, S]
+            before = q_pos < r.spans[0][0]
+            rows = slice(self.starts[i], self.starts[i + 1])
+            for h in r.heads:
+                k, v = (x[i][:, h // group].to(dtype) for x in (self.keys, self.values))
+                logits = self.query[rows, h].to(dtype) @ k.T * self.attention.scale
+                if cap := self.kind.get("soft_cap"):
+                    logits = (logits / cap).tanh() * cap
+                if (slopes := self.kind.get("alibi_slopes")) is not None:
+                    logits = logits + (slopes[h] * (k_pos - q_pos)).to(dtype)
+                logits = logits + bias
+                if (sinks := self.kind.get("sinks")) is not None:
+                    sink = sinks[h].to(dtype).expand(len(logits), 1)
+                    logits, v = torch.cat([logits, sink], 1), torch.cat([v, v[:1] * 0])
+                result = logits.softmax(-1) @ v
+                output[rows, h] = result.masked_fill(before, float("nan"))
+        return output
+
+
+def decode(seq_len: int, **options) -> Request:
+    options = {"spans": ((seq_len // 3, seq_len // 3 + max(1, seq_len // 5)),), **options}
+    return Request(seq_len, 1, **options)
+
+
+def prefill(seq_len: int, **options) -> Request:
+    return replace(decode(seq_len, **options), query_len=seq_len)
+
+
+MIXED = [
+    Request(33, 33),
+    prefill(97, heads=(0, 1)),
+    decode(130, prompt_len=100, heads=(2,)),
+    Request(1025, 1),
+    # A later chunk of a long prompt.
+    Request(300, 77, ((5, 9), (230, 290)), prompt_len=400, heads=(1, 3)),
+    # A chunk that begins before the first emphasised token and ends after it.
+    Request(200, 90, ((150, 200),), heads=(0, 1, 2, 3)),
+]
+
+CASES = {
+    **{f"context-{n}": Case([decode(n)]) for n in (1, 17, 97, 1025)},
+    **{f"prefill-{n}": Case([prefill(n, heads=(1,))]) for n in (1, 17, 97, 513)},
+    **{
+        f"head-size-{d}": Case([prefill(97), decode(145)], head_size=d)
+        for d in (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # all that vLLM has
+    },
+    **{
+        f"block-size-{b}": Case([prefill(49), decode(700)], block_size=b)
+        for b in (32, 64, 128, 256)
+    },
+    "block-size-48": Case([prefill(97), decode(245)], block_size=48, layout="vec16"),
+    **{
+        f"group-{g}": Case(
+            [prefill(65, heads=tuple(range(g, 2 * g))), decode(97, heads=tuple(range(2 * g)))],
+            num_heads=2 * g,
+        )
+        for g in (1, 2, 3, 4, 8)
+    },
+    # More heads on one KV head than a unit of work holds.
+    "mqa": Case(
+        [prefill(20, heads=tuple(range(50))), decode(90, heads=tuple(range(1, 50)))],
+        num_heads=50,
+        num_kv_heads=1,
+    ),
+    "mixed": Case(MIXED),
+    "first-token": Case([prefill(60, spans=((0, 1),)), decode(130, spans=((0, 1),))]),
+    "last-token": Case([prefill(60, spans=((59, 60),)), decode(130, spans=((129, 130),))]),
+    "many-spans": Case([prefill(150, spans=tuple((i, i + 2) for i in range(1, 148, 4)))]),
+    "generated": Case([decode(257, spans=((3, 9),), prompt_len=20), decode(2, prompt_len=1)]),
+    # One request and few heads: the keys are split among the threads.
+    "split-keys": Case([decode(4001, spans=((100, 101), (3000, 3900)))]),
+    "split-mixed": Case([decode(2500, heads=(0, 1, 3)), *(decode(n) for n in range(40, 50))]),
+    # A window ends in the context, at its edge or beyond; at a block's edge and next to it.
+    **{
+        f"window-{w}": Case(MIXED, kind={"window": w}, block_size=32)
+        for w in (1, 2, 31, 32, 33, 100, 128, 1024, 1025, 5000)
+    },
+    "window-amid-tiles": Case(
+        [prefill(1025, spans=((70, 75), (600, 700)), heads=(0, 1)), decode(777)],
+        kind={"window": 300},
+        block_size=64,
+    ),
+    "window-split-keys": Case([decode(4001, spans=((3000, 3900),))], kind={"window": 3001}),
+    "window-without-emphasis": Case(
+        [decode(700, spans=((5, 9),), prompt_len=690), decode(700, spans=((600, 700),))],
+        kind={"window": 40},
+    ),
+    "window-of-generated": Case(
+        [decode(900, spans=((5, 9),), prompt_len=800)], kind={"window": 64}
+    ),
+    # Key 50 is the first of decode(130): on from it, 32 is in the block before.
+    "window-48": Case(MIXED, kind={"window": 80}, block_size=48, layout="vec16"),
+    **{f"soft-cap-{c}": Case(MIXED, kind={"soft_cap": c}) for c in (0.5, 5.0, 50.0)},
+    "alibi": Case(MIXED, kind={"alibi_slopes": torch.tensor([0.5, 0.25, 0.01, 1e-3])}),
+    "sinks": Case(MIXED, kind={"sinks": torch.tensor([0.0, 3.0, -20.0, 60.0])}),
+    "sinks-split-keys": Case(
+        [decode(4001, heads=(0, 1))], kind={"sinks": torch.tensor([2.0, 8.0, 0.0, 0.0])}
+    ),
+    "window-of-scaled-keys-and-a-sink": Case(
+        [decode(700, spans=((5, 9),)), prefill(97, heads=(0, 1))],
+        kind={"window": 40, "sinks": torch.tensor([1.0, 4.0, 0.0, 0.0])},
+    ),
+    "all-kinds": Case(
+        MIXED,
+        kind={
+            "window": 77,
+            "soft_cap": 8.0,
+            "alibi_slopes": torch.tensor([0.1, 0.2, 0.01, 0.0]),
+            "sinks": torch.tensor([0.0, 2.0, -3.0, 5.0]),
+        },
+        block_size=64,
+    ),
+    **{
+        f"alpha-{a}": Case([prefill(97, alpha=a), decode(300, alpha=a)])
+        for a in (1e-4, 1e-30, 0.5, 1.0, 100.0)
+    },
+}
+
+
+def recast(case: Case, dtype: torch.dtype, layout: str) -> Case:
+    """The case in another dtype and layout; skips where vLLM has no such cache."""
+    if layout == "amx" and (case.head_size % 32 or case.block_size % 32):
+        pytest.skip("vLLM packs such a cache as vec16")
+    if layout == "vec" and case.layout == "vec16":
+        layout = "vec16"
+    return replace(case, dtype=dtype, layout=layout)
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    assert torch.equal(got.isnan(), truth.isnan()), "wrote other pairs than the steered ones"
+    return (got.double() - truth).nan_to_num().abs().max().item()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", CASES)
+def test_fp32_agrees_with_dense(name, kernel):
+    """Any wrong bias, mask, stride, merge or tail, or an inexact exp."""
+    case = recast(CASES[name], torch.float32, "vec")
+    truth = case.dense(torch.float64)
+    plain = error(case.dense(torch.float32), truth)
+    assert error(case.run(KERNELS[kernel]), truth) <= 2 * plain + 1e-6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.bfloat16, "amx"), (torch.bfloat16, "vec"), (torch.float16, "vec")],
+    ids=["bf16-amx", "bf16-vec", "fp16-vec"],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_16_bit_error_is_at_most_twice_plain_torch(name, dtype, layout, kernel):
+    """A wrong layout, or arithmetic that rounds more than textbook attention in that dtype."""
+    case = recast(CASES[name], dtype, layout)
+    truth = case.dense(torch.float64)
+    plain = error(case.dense(dtype), truth)
+    tiny = torch.finfo(dtype).eps * truth.nan_to_num().abs().max().item()
+    assert error(case.run(KERNELS[kernel]), truth) <= 2 * plain + tiny
+
+
+WHOLE = {
+    "one": Case([decode(17)]),
+    "mixed": Case(
+        [
+            decode(97, heads=(0, 3)),
+            decode(1025, prompt_len=900, heads=(2,), alpha=1e-4),
+            decode(130, heads=(0, 1, 2, 3), alpha=7.0),
+            decode(64, heads=()),
+        ]
+    ),
+    "a group of 8": Case([decode(300, heads=(1, 6)), decode(33)], num_heads=8, num_kv_heads=1),
+    "window": Case([decode(300, heads=(1,)), decode(33)], kind={"window": 40}, block_size=32),
+    "all kinds": Case([decode(300), decode(33, heads=(2,))], kind=CASES["all-kinds"].kind),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "vec"), (torch.bfloat16, "amx")], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_layer(name, dtype, layout, kernel):
+    """All heads, those that are steered and the others; nothing is read of the output."""
+    case = recast(WHOLE[name], dtype, layout)
+    everywhere = replace(
+        case, requests=[replace(r, heads=tuple(range(case.num_heads))) for r in case.requests]
+    )
+    assert torch.equal(everywhere.query, case.query)
+
+    def dense(dtype):
+        steered = case.dense(dtype)
+        return torch.where(steered.isnan(), everywhere.dense(dtype, steered=False), steered)
+
+    truth = dense(torch.float64)
+    output = torch.full_like(case.query, float("nan"))
+    plan = case.plan()
+    assert plan.is_whole_decode
+    heads = plan.static.layers[LAYER]
+    KERNELS[kernel](case.query, case.kv_cache, output, plan, heads, case.attention, layout, True)
+    tiny = torch.finfo(dtype).eps * truth.abs().max().item()
+    assert error(output, truth) <= 2 * error(dense(dtype), truth) + tiny
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_result_holds_for_any_number_of_threads(threads):
+    """Work that is split or scheduled wrongly for other numbers of threads."""
+    case = CASES["split-mixed"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert error(case.run(launch.steered_attention), case.dense(torch.float64)) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["vec", "amx"])
+def test_other_rows_and_heads_are_bitwise_untouched(layout):
+    """A kernel that writes whole rows, or plain rows, or rows before the first emphasis."""
+    dtype = torch.bfloat16 if layout == "amx" else torch.float32
+    case = recast(CASES["mixed"], dtype, layout)
+    plan, output = case.plan(), torch.randn(case.query.shape).to(dtype)
+    before = output.clone()
+    launch.steered_attention(
+        case.query, case.kv_cache, output, plan, plan.static.layers[LAYER], case.attention, layout
+    )
+    plain = case.dense(torch.float32).isnan()
+    assert torch.equal(output[plain], before[plain])
+    assert (output[~plain] != before[~plain]).float().mean() > 0.9
+
+
+def test_strided_query_output_and_cache():
+    """Strides taken for granted: vLLM passes query and cache as views of larger tensors."""
+    case = CASES["mixed"]
+    truth = case.dense(torch.float64)
+    tokens, heads, size = case.query.shape
+    query = torch.zeros(tokens, heads + 5, size)[:, 2 : heads + 2]
+    output = torch.full((tokens, heads, size + 16), float("nan"))[..., :size]
+    caches = torch.full((2, *case.kv_cache.shape), float("nan")).transpose(0, 1)
+    caches[:, 1] = case.kv_cache
+    query.copy_(case.query)
+    view = replace(case)
+    view.query, view.kv_cache = query, caches[:, 1]
+    assert error(view.run(launch.steered_attention, output), truth) < 1e-5
+
+
+def test_step_with_another_plan():
+    """Addresses cached from the last step's plan and used in the next."""
+    for n in (40, 170, 40):
+        case = Case([decode(n), prefill(n)])
+        assert error(case.run(launch.steered_attention), case.dense(torch.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(1, 4, 64, dtype=torch.float16)}, "one dtype"),
+        ({"query": torch.zeros(1, 4, 128)[..., ::2]}, "last dimension"),
+        ({"query": torch.zeros(1, 3, 64)}, "shaped as query|multiple of the KV heads"),
+        ({"kv_cache": torch.zeros(5, 2, 128, 64)}, r"2 \* head_size"),
+        ({"kv_cache": torch.zeros(5, 2, 24, 128)}, "block size"),
+        ({"kv_cache": torch.zeros(0, 2, 128, 128)}, "block table"),
+        ({"layout": "amx"}, "dtype and layout"),
+        ({"layout": "neon"}, "dtype and layout"),
+        ({"query": torch.zeros(1, 2, 64)}, "head lies outside"),
+        ({"block_table": torch.zeros(1, 1, dtype=torch.int64)}, "block_table as contiguous"),
+        ({"attention": LayerAttention(0.125, window=0)}, "window"),
+        ({"attention": LayerAttention(0.125, sinks=torch.zeros(3))}, r"sinks \[4\]"),
+    ],
+)
+def test_refuses_what_it_cannot_compute(change, message):
+    """A tensor read as something that it is not: garbage, or a crash of the engine."""
+    case = Case([decode(97, heads=(3,))])
+    for name, value in change.items():
+        setattr(case, name, value)
+    plan, output = case.plan(), torch.zeros(1, 2 if "head lies" in message else 4, 64)
+    with pytest.raises(ValueError, match=message):
+        launch.steered_attention(
+            case.query,
+            case.kv_cache,
+            output,
+            plan,
+            plan.static.layers[LAYER],
+            case.attention,
+            case.layout,
+        )
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing loaded or chosen yet."""
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(tmp_path))
+    for cached in (launch.load, select.prepare):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (launch.load, select.prepare):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "/bin/false"])
+def test_without_compiler_falls_back_with_one_warning(fresh, monkeypatch, caplog, compiler):
+    """An engine that dies, or that is silently slow, on a machine without a compiler."""
+    monkeypatch.setenv("CXX", compiler)
+    case = CASES["mixed"]
+    with caplog.at_level(logging.WARNING, logger="vllm_pasta"):
+        for _ in range(3):
+            assert error(case.run(select.steered_attention), case.dense(torch.float64)) < 1e-5
+    assert select.prepare() == "reference"
+    assert [("g++" in r.message, "slower" in r.message) for r in caplog.records] == [(True, True)]
+
+
+def test_kernel_asked_for_by_name(fresh, monkeypatch):
+    """A choice in the environment that is not honoured."""
+    monkeypatch.setenv("VLLM_PASTA_KERNEL", "reference")
+    assert select.prepare() == "reference"
+    select.prepare.cache_clear()
+    monkeypatch.setenv("VLLM_PASTA_KERNEL", "cpp")
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(launch.KernelError):
+        select.prepare()
+    monkeypatch.setenv("VLLM_PASTA_KERNEL", "fast")
+    with pytest.raises(ConfigError, match="auto"):
+        select.prepare()
+
+
+def test_uncovered_format_falls_back_with_one_warning(monkeypatch, caplog):
+    """Output computed by a kernel that misreads the cache; or an engine that dies of it."""
+    case = recast(CASES["mixed"], torch.float16, "amx")
+    with caplog.at_level(logging.WARNING, logger="vllm_pasta"):
+        for _ in range(2):
+            assert error(case.run(select.steered_attention), case.dense(torch.float64)) < 1e-2
+    assert len(caplog.records) == 1
+    monkeypatch.setenv("VLLM_PASTA_KERNEL", "cpp")
+    with pytest.raises(ValueError, match="dtype and layout"):
+        case.run(select.steered_attention)
+
+
+def test_builds_at_once(fresh, monkeypatch):
+    """Workers that start together: all compile, or one loads what another has half written."""
+    compiled, compile_kernel = [], launch._compile
+    monkeypatch.setattr(launch, "_compile", lambda *args: compiled.append(compile_kernel(*args)))
+    with ThreadPoolExecutor(3) as pool:  # the lock is on the open file, so threads do as well
+        built = set(pool.map(lambda _: launch.build(), range(3)))
+    assert len(built) == len(compiled) == 1
+    assert {file.name for file in built.pop().parent.iterdir()} == {"cpu.so", "lock"}
+
+
+def test_loads_no_second_openmp_runtime():
+    """A second pool of threads, which vLLM's binding does not reach."""
+    code = """if 1:
+        import re, torch
+        from vllm_pasta.kernels.cpu import launch
+        def runtimes():
+            return set(re.findall(r"\\S*lib[gi]?omp\\S*", open("/proc/self/maps").read()))
+        before = runtimes()
+        launch.load()
+        assert before and runtimes() == before, (before, runtimes())
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,140 @@
+"""The run-time patches: upstream still is what they were written for, and the ledger is true."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import start
+
+from patches import check_upstream
+from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration import plugin, upstream
+
+LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
+
+
+@pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.target)
+def test_upstream_unchanged(patch):
+    """Fails when vLLM changes a wrapped function: read it again, then record its new digest."""
+    assert patch.source_digest in patch.digests.split()
+
+
+def test_check_of_another_release(tmp_path):
+    """Of a vLLM in which a wrapped function changed, an imported name is gone and an overridden
+    method takes other parameters, exactly that is found; in the wheel as in a folder."""
+    changed = {
+        "vllm/v1/core/kv_cache_utils.py": ("generate_block_hash_extra_keys(", "return", "1;return"),
+        "vllm/exceptions.py": ("class VLLMValidationError(", "VLLMValidationError", "Renamed"),
+        "vllm/v1/attention/backends/cpu_attn.py": ("    def build(", "fast_build:", "faster:"),
+    }  # fmt: skip
+    wheel = tmp_path / "vllm-9.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in check_upstream.installed().glob("vllm/**/*.py"):
+            name = str(path.relative_to(check_upstream.installed()))
+            text = path.read_text(encoding="utf-8")
+            if name in changed:
+                place, old, new = changed[name]
+                before, found, after = text.partition(place)
+                text = before + (found + after).replace(old, new, 1)
+            archive.writestr(name, text)
+    old, new = (check_upstream.Source(p) for p in (check_upstream.installed(), wheel))
+    assert {f.state for f in check_upstream.check(old, old)} == {"unchanged"}
+    assert {
+        (f.state, f.what) for f in check_upstream.check(old, new) if f.state != "unchanged"
+    } == {
+        ("changed", "wrapped vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"),
+        ("changed", "wrapped vllm.v1.core.block_pool:generate_block_hash_extra_keys"),
+        ("gone", "imported vllm.exceptions:VLLMValidationError"),
+        ("gone", "overridden vllm.exceptions:VLLMValidationError.__init__"),
+        ("gone", "overridden vllm.exceptions:VLLMValidationError.__str__"),
+        (
+            "changed",
+            "overridden vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+        ),
+    }
+
+
+def test_ledger_is_complete():
+    """One entry per patch, with every heading; none for what is gone."""
+    text = LEDGER.read_text(encoding="utf-8")
+    entries = re.split(r"^## ", text.partition("\n# Ledger\n")[2], flags=re.M)[1:]
+    assert {entry.split("`")[1] for entry in entries} == {p.target for p in upstream.PATCHES}
+    for entry in entries:
+        for heading in ("why", "how", "upstream status", "can go when"):
+            assert heading in entry.lower(), entry
+
+
+def test_register_twice():
+    """Idempotent: a second call wraps nothing twice."""
+    plugin.register()
+    functions = [patch.function for patch in upstream.PATCHES]
+    plugin.register()
+    assert functions == [patch.function for patch in upstream.PATCHES]
+
+
+def test_other_vllm_is_refused(monkeypatch):
+    """A vLLM that nothing was tested on does not start with us, rather than steer by luck."""
+    monkeypatch.setattr("vllm.__version__", "0.33.1")
+    with pytest.raises(UnsupportedError, match=r"0\.33\.1.*VLLM_PLUGINS"):
+        plugin.register()
+
+
+def test_another_backend(tiny):
+    """Where another plugin takes CPU_ATTN, nothing is left unsteered in silence."""
+    from vllm import SamplingParams
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()  # once in a process: the engine does not register ours again
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        llm = start(tiny, skip_tokenizer_init=True)
+        params = [SamplingParams(max_tokens=1, detokenize=False) for _ in range(2)]
+        prompt = {"prompt_token_ids": [5, 6, 7]}
+        assert llm.generate(prompt, params[0], use_tqdm=False)
+        params[1].extra_args = {"emphasis": {"spans": [[1, 2]], "heads": {"0": [0]}}}
+        with pytest.raises(UnsupportedError, match="attention backend"):
+            llm.generate(prompt, params[1], use_tqdm=False)
+    finally:
+        plugin.register()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+def test_switched_off():
+    """With VLLM_PLUGINS= nothing of vLLM is changed."""
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm_pasta.integration import upstream;"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
+        "print(upstream.is_applied(), E.CPU_ATTN.is_overridden())"
+    )
+    for plugins, answer in (("", "False False"), ("pasta", "True True"), ("other", "False False")):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PATH": "", "VLLM_PLUGINS": plugins},
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout.strip().splitlines()[-1:] == [answer], result.stderr
+
+
+def test_installed_beside_model_runner_v2():
+    """V2 (vLLM's default on GPUs) rejects logits processors of the V1 kind when an engine starts;
+    ours is loaded there too, even where emphasis is off, and must change nothing."""
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.sample.logits_processor import loader
+
+    classes = loader._load_v2_logitsprocs(None)
+    (ours,) = [cls for cls in classes if cls.__module__.startswith("vllm_pasta")]
+    rows = ours(VllmConfig(), None)
+    logits = torch.randn(2, 5)
+    assert rows.add_request(0, SamplingParams()) is False
+    assert rows.apply(logits, None) is logits
+    loader.build_custom_logits_processors_params_validator(None)(SamplingParams())

@@ -1,0 +1,159 @@
+"""``vllm-pasta explain``: what a request would emphasise, without running a model."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_pasta.errors import EmphasisError, PastaError
+from vllm_pasta.request.chat import Chat
+from vllm_pasta.request.emphasis import KEY, Emphasis
+from vllm_pasta.request.locate import Located, Locator
+from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.tokens import decoded
+
+DESCRIPTION = (
+    "Shows which tokens of a prompt an emphasis marks, as a server would resolve it. Needs the "
+    "model's tokenizer, not its weights."
+)
+BOLD, DIM, RESET = "\033[1;33m", "\033[2m", "\033[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``vllm-pasta explain``."""
+    parser.add_argument("--model", required=True, help="folder or name with the tokenizer")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="the prompt; @FILE reads it from a file")
+    what.add_argument("--messages", help="chat messages as JSON; @FILE reads them from a file")
+    parser.add_argument(
+        "--emphasis", default='{"markup": "tag"}',
+        help="what to emphasise: text, or JSON as in a request (default: tags in the prompt)",
+    )  # fmt: skip
+    parser.add_argument("--tag", default="emphasis", help="name of the markup tag (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print token ranges as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the prompt with the emphasised tokens coloured, or as JSON."""
+    tokenizer = load_tokenizer(args.model)
+    emphasis = Emphasis.parse({KEY: _emphasis(args.emphasis)})
+    if emphasis is None:
+        raise PastaError("--emphasis: expected something to emphasise, got null")
+    chat = None
+    if args.messages is not None:
+        chat = _chat(tokenizer, _read(args.messages))
+        try:
+            text = chat.render([dict(message) for message in chat.messages])
+        except Exception as e:  # a template may raise anything
+            raise PastaError(f"--messages: the chat template fails: {e}") from e
+        assert text is not None
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        text = _read(args.prompt)
+        ids = tokenizer(text)["input_ids"]
+    markup = Markup(emphasis.markup or "off", args.tag, emphasis.keep_marks in (None, True))
+    located = Locator(lambda: tokenizer).locate(emphasis, markup, ids, text, chat)
+    if args.json:
+        print(json.dumps(as_json(tokenizer, located), ensure_ascii=False, indent=1))
+    else:
+        print(coloured(tokenizer, located, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    return 0
+
+
+def as_json(tokenizer: Any, located: Located) -> dict[str, Any]:
+    """For programs: the prompt's size, and each emphasised range with its tokens."""
+    ids = located.token_ids
+    seen = decoded(ids, tokenizer.decode)
+    return {
+        "prompt_tokens": len(ids),
+        "emphasised_tokens": sum(end - start for start, end in located.spans),
+        "emphasised": [
+            {
+                "tokens": [start, end],
+                "text": seen.text[seen.offsets[start][0] : seen.offsets[end - 1][1]],
+                "pieces": [tokenizer.decode([i]) for i in ids[start:end]],
+            }
+            for start, end in located.spans
+        ],
+    }
+
+
+def coloured(tokenizer: Any, located: Located, colour: bool) -> str:
+    """For people: the prompt as the model sees it; what is emphasised stands out."""
+    before, after = (BOLD, RESET) if colour else ("«", "»")
+    # Decoded as one text: pieces by themselves may lose spaces, or parts of a character.
+    seen = decoded(located.token_ids, tokenizer.decode)
+    parts, position = [], 0
+    for start, end in located.spans:
+        a, b = seen.offsets[start][0], seen.offsets[end - 1][1]
+        parts += [seen.text[position:a], before, seen.text[a:b], after]
+        position = b
+    parts.append(seen.text[position:])
+    count = sum(end - start for start, end in located.spans)
+    where = ", ".join(f"[{start}, {end})" for start, end in located.spans) or "none"
+    summary = f"{count} of {len(located.token_ids)} tokens emphasised: {where}"
+    return "".join(parts) + "\n\n" + (f"{DIM}{summary}{RESET}" if colour else summary)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer, by transformers.
+
+    Raises:
+        PastaError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as e:
+        raise PastaError(f"--model {model}: no tokenizer there: {str(e).splitlines()[0]}") from e
+
+
+def _emphasis(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _chat(tokenizer: Any, text: str) -> Chat:
+    try:
+        messages = json.loads(text)
+    except ValueError as e:
+        raise EmphasisError(f"expected chat messages as JSON: {e}", field="--messages") from None
+    if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
+        raise EmphasisError('expected [{"role": …, "content": …}, …]', field="--messages")
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TypeError:  # a template for plain strings; vLLM joins the parts for it too
+            rendered = tokenizer.apply_chat_template(
+                [_joined(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        return str(rendered)
+
+    return Chat(messages, render)
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts = [part if isinstance(part, str) else part.get("text", "") for part in content]
+    return {**message, "content": "\n".join(texts)}
+
+
+def _read(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except OSError as e:
+        raise PastaError(f"{value[1:]}: cannot be read: {e.strerror}") from e

@@ -1,0 +1,254 @@
+"""Where a request's emphasis is resolved or refused, before it runs: the one way in.
+
+Both ``LLM`` and the server pass here with the prompt's token ids and the sampling params. What
+leaves carries a resolved emphasis under ``WIRE_KEY``, or none at all.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams, SamplingParams
+
+from vllm_pasta.errors import EmphasisError, HeadSetError
+from vllm_pasta.integration import support
+from vllm_pasta.integration.config import PastaConfig
+from vllm_pasta.integration.frontend import metrics
+from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.request.emphasis import (
+    KEY,
+    WIRE_KEY,
+    Emphasis,
+    ResolvedEmphasis,
+    has_emphasis,
+    is_ours,
+)
+from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.locate import CHAT_KEY, Located, Locator
+from vllm_pasta.request.markup import Markup
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Admitted(dict[str, Any]):
+    """A resolved emphasis in wire form that `Admission` itself made; users cannot send one."""
+
+
+def _extra_args(params: Any) -> Mapping[str, Any]:
+    return getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+
+
+def _with_wire(params: Any, wire: Admitted) -> Any:
+    """A copy of ``params`` that carries ``wire``, and nothing else that is ours."""
+    admitted = copy.copy(params)
+    admitted.extra_args = {k: v for k, v in _extra_args(params).items() if not is_ours(k)}
+    admitted.extra_args[WIRE_KEY] = wire
+    return admitted
+
+
+class AdmissionError(VLLMValidationError, EmphasisError):
+    """A refused request: HTTP 400 on the server, a ``ValueError`` offline."""
+
+    def __init__(self, error: EmphasisError) -> None:
+        VLLMValidationError.__init__(self, str(error))
+        self.field = error.field
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What became of a request's emphasis.
+
+    Attributes:
+        emphasis: Ready to run.
+        located: Its token ranges, with the prompt's text and offsets where they were needed.
+    """
+
+    emphasis: ResolvedEmphasis
+    located: Located
+
+    def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """The emphasised token ranges and their text, for people."""
+        ids = self.located.token_ids
+        return [
+            {"tokens": [start, end], "text": decode(ids[start:end])}
+            for start, end in self.emphasis.spans
+        ]
+
+
+class Admission:
+    """Resolves the emphasis of every request of one engine.
+
+    Args:
+        vllm_config: The engine's.
+        get_tokenizer: Gives the engine's tokenizer, or None; called when first needed.
+
+    Raises:
+        UnsupportedError: emphasis is on, and the engine cannot honour it.
+        ConfigError, HeadSetError: the configuration is malformed or does not fit the model.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", get_tokenizer: Callable[[], Any]) -> None:
+        self.config = PastaConfig.of(vllm_config)
+        self.locator = Locator(get_tokenizer)
+        self.num_layers = self.num_heads = 0
+        self._takes_kv = False
+        if self.config is not None:
+            support.check_engine(vllm_config)
+            self._takes_kv = connectors.takes_kv_by_request(vllm_config.kv_transfer_config)
+            model, parallel = vllm_config.model_config, vllm_config.parallel_config
+            self.num_layers = model.get_total_num_hidden_layers()
+            self.num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
+            if self.config.heads is not None:
+                self.config.heads.check(self.num_layers, self.num_heads)
+
+    def admit(self, params: Any, prompt: dict[str, Any], *, resumable: bool = False) -> Any:
+        """Resolves ``params``' emphasis for one prompt.
+
+        Args:
+            params: The request's; never changed.
+            prompt: The rendered prompt (vLLM's ``EngineInput``). Where markup is taken out of it,
+                its ``prompt`` and ``prompt_token_ids`` are replaced in place.
+            resumable: Whether more prompt will follow.
+
+        Returns:
+            ``params`` itself where there is nothing to resolve, else a copy.
+
+        Raises:
+            AdmissionError: the emphasis is malformed, or cannot be honoured.
+        """
+        extra_args = _extra_args(params)
+        if isinstance(extra_args.get(WIRE_KEY), Admitted):
+            return params
+        if isinstance(beam := prompt.get(WIRE_KEY), Admitted):
+            return _with_wire(params, beam)
+        resolution = self.check(params, prompt, resumable=resumable)
+        if resolution is None:
+            return params
+        emphasis, located = resolution.emphasis, resolution.located
+        # An empty form says that there is nothing to steer, and that we have been here.
+        wire = Admitted({} if emphasis.is_plain else emphasis.to_wire())
+        if located.token_ids != prompt["prompt_token_ids"]:
+            assert located.tokenized is not None
+            prompt["prompt"] = located.tokenized.text
+            prompt["prompt_token_ids"] = located.token_ids
+            prompt.pop("prompt_token_offsets", None)
+        metrics.resolved(resolution, self.locator.decode)
+        return _with_wire(params, wire)
+
+    def admit_beams(self, params: Any, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Resolves a beam search's emphasis, once, against its prompt.
+
+        vLLM runs every step of every beam as a request of its own, whose prompt is the original
+        prompt and what the beam has generated. Marks must not be searched in that, and its
+        generated tokens are not to be scaled; so each of those prompts carries the resolved form.
+
+        Args:
+            params: vLLM's ``BeamSearchParams``, with an attribute ``extra_args`` if any.
+            prompt: As for `admit`.
+
+        Returns:
+            ``prompt`` itself where there is nothing to resolve, else a copy that carries the
+            resolved emphasis under ``WIRE_KEY``.
+
+        Raises:
+            AdmissionError: as `admit`.
+        """
+        wire = _extra_args(self.admit(params, prompt)).get(WIRE_KEY)
+        return prompt if wire is None else {**prompt, WIRE_KEY: wire}
+
+    def check(
+        self, params: Any, prompt: Mapping[str, Any], *, resumable: bool = False
+    ) -> Resolution | None:
+        """As `admit`, but changes nothing; None where no emphasis is asked for."""
+        extra_args = _extra_args(params)
+        try:
+            if WIRE_KEY in extra_args:
+                raise EmphasisError(f"reserved; send `{KEY}`", field=WIRE_KEY)
+            resolution = self.resolve(params, extra_args, prompt, resumable=resumable)
+            if self._takes_kv:
+                emphasis = None if resolution is None else resolution.emphasis
+                connectors.check_received(extra_args, emphasis)
+            return resolution
+        except EmphasisError as e:
+            metrics.refused(e.field)
+            raise AdmissionError(e) from None
+
+    def resolve(
+        self,
+        params: Any,
+        extra_args: Mapping[str, Any],
+        prompt: Mapping[str, Any],
+        *,
+        resumable: bool = False,
+    ) -> Resolution | None:
+        """As `check`, but counts nothing, and raises a plain `EmphasisError`."""
+        asked = has_emphasis(extra_args)
+        if self.config is None:
+            if asked:
+                raise EmphasisError(
+                    "this engine does not honour emphasis: start it with --plugin pasta, or with "
+                    "additional_config={'pasta': {…}}",
+                    field=KEY,
+                )
+            return None
+        text = prompt.get("prompt")
+        if not asked and not (isinstance(text, str) and self.config.markup.may_be_in(text)):
+            return None
+        emphasis = Emphasis.parse(extra_args) or Emphasis()
+        if not isinstance(params, SamplingParams | BeamSearchParams):
+            if not asked:
+                return None
+            raise EmphasisError("expected a generation request, got a pooling request", field=KEY)
+        if resumable:
+            raise EmphasisError("a prompt that arrives in parts cannot be emphasised", field=KEY)
+        if prompt.get("type") != "token":
+            raise EmphasisError(
+                f"expected a prompt of tokens, got one of type {prompt.get('type')}", field=KEY
+            )
+        markup = self.config.markup
+        if emphasis.markup is not None or emphasis.keep_marks is not None:
+            markup = Markup(
+                emphasis.markup or markup.kind,
+                markup.tag,
+                markup.keep_marks if emphasis.keep_marks is None else emphasis.keep_marks,
+            )
+        elif not isinstance(text, str):
+            markup = Markup()  # the server's default is for text
+        located = self.locator.locate(
+            emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY)
+        )
+        alpha = self.config.alpha if emphasis.alpha is None else emphasis.alpha
+        heads = self._heads(emphasis.heads, needed=bool(located.spans))
+        resolved = ResolvedEmphasis(located.spans, alpha, heads, len(located.token_ids))
+        return Resolution(resolved, located)
+
+    def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
+        assert self.config is not None
+        known = ", ".join(sorted(self.config.head_sets)) or "none"
+        sizes = f"this model has {self.num_layers} layers of {self.num_heads} query heads"
+        if wanted is None:
+            if self.config.heads is None and needed:
+                raise EmphasisError(
+                    "no head set: the request gives none and the server has no default. Give "
+                    f'{{"layer": [heads]}} or a name; known head sets: {known}; {sizes}',
+                    field="emphasis.heads",
+                )
+            return self.config.heads or HeadSet(())
+        if isinstance(wanted, str):
+            if wanted not in self.config.head_sets:
+                raise EmphasisError(
+                    f"unknown head set {wanted!r:.80}; known head sets: {known}; {sizes}",
+                    field="emphasis.heads",
+                )
+            wanted = self.config.head_sets[wanted]
+        try:
+            wanted.check(self.num_layers, self.num_heads)
+        except HeadSetError as e:
+            raise EmphasisError(f"{e}; known head sets: {known}", field="emphasis.heads") from None
+        return wanted

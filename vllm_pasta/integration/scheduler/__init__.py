@@ -1,0 +1,1 @@
+"""The scheduler: which KV cache blocks requests may share."""

@@ -1,0 +1,49 @@
+"""Prefix caching: what a KV block's hash must know of its request's emphasis.
+
+Steering changes the hidden states, and so K and V of later layers, from the first emphasised token
+on. A block is given a key if it overlaps an emphasised range, or, in a steered request, holds
+tokens at or past the prompt's end, which are never scaled. Later blocks inherit through the parent
+hash. So blocks before the first emphasised token are shared with plain requests, equal emphasis
+shares everything, and nothing wrong is ever shared.
+"""
+
+from typing import Any
+
+from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis
+
+TAG = "pasta"
+
+
+def block_key(emphasis: ResolvedEmphasis, start: int, end: int) -> tuple[Any, ...] | None:
+    """The key of the block that holds tokens ``[start, end)``, or None where it needs none.
+
+    Returns:
+        ``(TAG, (digest, overlaps, prompt_end))``: digest of alpha and heads where there is an
+        overlap, else None; the overlaps relative to the block; the prompt's end relative to the
+        block, if the block holds tokens at or past it, else None. In the shape of vLLM's own keys,
+        a tag and a value. Hashable, and the same in every process.
+    """
+    overlaps = tuple(
+        (max(a, start) - start, min(b, end) - start)
+        for a, b in emphasis.spans
+        if a < end and b > start
+    )
+    prompt_end = max(emphasis.prompt_len - start, 0) if end > emphasis.prompt_len else None
+    if not overlaps and prompt_end is None:
+        return None
+    return TAG, (emphasis.digest if overlaps else None, overlaps, prompt_end)
+
+
+def request_emphasis(request: Any) -> ResolvedEmphasis | None:
+    """The resolved emphasis of an engine-core request; parsed once per request."""
+    try:
+        return request._vllm_pasta  # type: ignore[no-any-return]
+    except AttributeError:
+        request._vllm_pasta = carried_emphasis(request.sampling_params)
+        return request._vllm_pasta  # type: ignore[no-any-return]
+
+
+def carried_emphasis(params: Any) -> ResolvedEmphasis | None:
+    """The resolved emphasis that admission put into sampling params."""
+    wire = ((params and params.extra_args) or {}).get(WIRE_KEY)
+    return ResolvedEmphasis.from_wire(wire) if wire else None

@@ -1,0 +1,1 @@
+"""The worker process: attention backends that steer, and which request each row belongs to."""

@@ -1,0 +1,232 @@
+"""Which row of the batch carries which emphasis, in the worker.
+
+vLLM's logits-processor plugins (group ``vllm.logits_processors``) are told in every step which
+requests were added to, removed from and moved within the batch, after the batch is in its final
+order and before attention metadata is built. Ours changes no logits.
+
+vLLM drops such plugins where speculative decoding is on; a run-time patch puts ours back.
+
+Model Runner V2 accepts no class but its own kind, so the class is of both kinds. It tells when a
+request gets a slot, and not when it leaves; its attention metadata says which slot each row is
+(``req_idx``). V1 moves rows, and its metadata says nothing: there a row is its own slot.
+
+A vLLM whose attention metadata tells each row's sampling params (see ``patches/``) needs no such
+detour: there the metadata is asked.
+"""
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsProcessor as LogitsProcessorV2,
+)
+
+from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration.config import is_enabled
+from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis, has_emphasis
+from vllm_pasta.steering.plan import StaticPlan
+from vllm_pasta.steering.slots import SteeringBuffers
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_NOT_TOLD = "this attention metadata does not tell whose its rows are"
+
+_instances: "WeakValueDictionary[int, EmphasisRows]" = WeakValueDictionary()
+
+
+def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
+    """The row tracker of the engine whose model runner holds this very config object, for an
+    attention backend that honours it.
+
+    Raises:
+        UnsupportedError: vLLM did not load logits-processor plugins for this engine.
+    """
+    # Model Runner V2 has that attribute, and leaves it out.
+    told = hasattr(CommonAttentionMetadata, "get_sampling_params") and not (
+        vllm_config.use_v2_model_runner
+    )
+    rows = _instances.get(id(vllm_config))
+    if rows is None or rows.vllm_config is not vllm_config:
+        if not told:
+            raise UnsupportedError(
+                "vLLM did not load vllm-pasta's logits processor (group vllm.logits_processors), "
+                "so no batch row could be told from another"
+            )
+        rows = EmphasisRows(vllm_config)
+    rows.is_honoured, rows.is_told = True, told
+    return rows
+
+
+class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
+    """The steered rows of the current batch.
+
+    Args:
+        vllm_config: The engine's.
+        args: The rest of vLLM's interfaces (device and pinning, or V2's request state); not used.
+
+    Attributes:
+        is_honoured: Whether an attention backend asked for the rows.
+        is_told: Whether attention metadata tells the rows, and not `update_state`.
+        workspaces: What layers of a head size share, by that; the GPU backends' business.
+
+    Raises:
+        UnsupportedError: emphasis is on, and a layer of the model that V2 has loaded by then is
+            not ours.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", *args: Any) -> None:
+        self.vllm_config = vllm_config
+        self._enabled = is_enabled(vllm_config)
+        self._is_v2 = self._enabled and vllm_config.use_v2_model_runner
+        self._num_local_heads = (
+            vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+            if self._enabled
+            else 0
+        )
+        self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row; on V2 by slot
+        self._plan: StaticPlan | None = None
+        self._buffers: SteeringBuffers | None = None
+        self._params: list[SamplingParams | None] = []  # by batch row, as metadata last told
+        self.is_honoured = self.is_told = False
+        self.workspaces: dict[int, Any] = {}
+        if self._is_v2:
+            from vllm_pasta.integration import support  # heavy, and front ends load this module
+
+            support.check_layers(vllm_config)
+        _instances[id(vllm_config)] = self
+
+    @property
+    def plan(self) -> StaticPlan | None:
+        """The steered rows, packed; None where the batch has none."""
+        if self._plan is None and self._emphasis:
+            self._plan = StaticPlan.pack(
+                sorted(self._emphasis.items(), key=lambda item: item[0]),
+                head_offset=self._head_offset,
+                num_local_heads=self._num_local_heads,
+            )
+        return self._plan
+
+    def plan_of(self, metadata: CommonAttentionMetadata) -> StaticPlan | None:
+        """The `plan` of the batch whose attention metadata this is.
+
+        Raises:
+            UnsupportedError: the metadata should tell whose its rows are, and does not.
+        """
+        if self.is_told:
+            if metadata.get_sampling_params is None and self.vllm_config.speculative_config:
+                return None  # a draft model's own steps
+            self._follow(metadata)
+        return self.plan
+
+    def slots_of(self, metadata: CommonAttentionMetadata) -> np.ndarray:
+        """The slot of each request of the batch whose attention metadata this is, in its order;
+        of `buffers_on`.
+
+        Raises:
+            UnsupportedError: the metadata should tell whose its rows are, and does not.
+        """
+        if self._is_v2:
+            if metadata.req_idx is None:
+                raise UnsupportedError(_NOT_TOLD)
+            slots: np.ndarray = metadata.req_idx
+            return slots
+        if self.is_told:
+            self._follow(metadata)
+        return np.arange(metadata.num_reqs)
+
+    def buffers_on(self, device: torch.device) -> SteeringBuffers:
+        """Where the steered requests are written as they come; the same for every caller."""
+        if self._buffers is None:
+            config = self.vllm_config
+            # As vLLM's own backends size theirs: padded batches may be larger than real ones.
+            size = max(
+                config.scheduler_config.max_num_seqs,
+                config.compilation_config.max_cudagraph_capture_size or 0,
+            )
+            self._buffers = SteeringBuffers(
+                size,
+                size,
+                config.model_config.get_total_num_hidden_layers(),
+                self._num_local_heads,
+                self._head_offset,
+                device,
+            )
+            for slot, emphasis in self._emphasis.items():
+                self._buffers.write(slot, emphasis)
+        return self._buffers
+
+    @property
+    def _head_offset(self) -> int:
+        return int(self._num_local_heads * get_tensor_model_parallel_rank())
+
+    def _follow(self, metadata: CommonAttentionMetadata) -> None:
+        if metadata.get_sampling_params is None:
+            raise UnsupportedError(_NOT_TOLD)
+        params: list[SamplingParams | None] = metadata.get_sampling_params()
+        if params != self._params:  # the very same objects, in most steps
+            self._params = params
+            states = ((row, self._new_state(p)) for row, p in enumerate(params) if p is not None)
+            self._set({row: emphasis for row, emphasis in states if emphasis is not None})
+
+    def _set(self, emphasis: dict[int, ResolvedEmphasis]) -> None:
+        """The steered requests are these from now on."""
+        before, self._emphasis = self._emphasis, emphasis
+        self._plan = None  # rows may have moved
+        if emphasis and not self.is_honoured:
+            raise UnsupportedError(
+                "a request with emphasis is about to run, but the attention backend is not "
+                "vllm-pasta's: select none, and let no other plugin replace ours"
+            )
+        if self._buffers is not None:
+            for row in before.keys() | emphasis.keys():
+                if before.get(row) is not emphasis.get(row):
+                    self._buffers.write(row, emphasis.get(row))
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if self._enabled and not self.is_told and batch_update is not None:
+            emphasis = dict(self._emphasis)
+            process_dict_updates(emphasis, batch_update, self._new_state)
+            self._set(emphasis)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """V2's interface: whose this slot is now. Whether logits are changed."""
+        if self._enabled:
+            emphasis = self._new_state(sampling_params)
+            others = {slot: e for slot, e in self._emphasis.items() if slot != req_idx}
+            self._set(others if emphasis is None else {**others, req_idx: emphasis})
+        return False
+
+    def apply(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses emphasis where the plugin proper is switched off, so that none is ignored."""
+        from vllm_pasta.integration import upstream
+
+        if not upstream.is_applied() and has_emphasis(sampling_params.extra_args):
+            raise ValueError(
+                "emphasis: vllm-pasta is installed but switched off here (VLLM_PLUGINS does not "
+                "name pasta), so this request would run unsteered"
+            )
+
+    @staticmethod
+    def _new_state(params: SamplingParams, *_: Any) -> ResolvedEmphasis | None:
+        extra_args = params.extra_args or {}
+        if has_emphasis(extra_args):
+            raise UnsupportedError(
+                "a request with emphasis reached the worker without passing admission; "
+                "was it built without vLLM's InputProcessor?"
+            )
+        wire = extra_args.get(WIRE_KEY)
+        return ResolvedEmphasis.from_wire(wire) if wire else None

@@ -1,0 +1,447 @@
+// Steered attention on the CPU: one pass over the keys with an online softmax (FlashAttention), a
+// per-key bias of log(alpha), and vLLM's paged KV cache read in place.
+//
+// Let G be the scaled keys and U the others (emphasised or generated), Z and N their sums of
+// weights exp(logit + bias) and of weighted values: the steered output is
+// (N_G + N_U) / (Z_G + Z_U). The plain output, which the caller provides, is
+// P = (N_G / alpha + N_U) / (Z_G / alpha + Z_U): it gives N_G without reading G's values. So for
+// alpha < 1
+//
+//     steered = (P * (Z_G + alpha * Z_U) + (1 - alpha) * N_U) / (Z_G + Z_U)
+//
+// with no difference of large numbers in it. That saves half of the memory traffic, which is what
+// bounds decoding, and half of the arithmetic of a prefill. For alpha >= 1 all keys count as U.
+//
+// Where the caller wants the whole layer, there is no plain output: every head of every request is
+// computed, the steered ones with the bias and the others without, and all keys count as U.
+//
+// A sliding window bounds a row's keys from below. A sink is one more key of U, without a value.
+//
+// Work is cut into units: one request, one KV head with its steered query heads, some query rows,
+// some keys. A unit's rows are (query row, head) pairs, so a tile of K and V, once read, serves
+// every steered head of its group and every query row of the unit.
+
+#include <omp.h>
+
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "math.hpp"
+
+// ---- Interface: the structs are mirrored in launch.py ---------------------------------------------
+
+extern "C" {
+
+struct Batch {  // plan.StepPlan
+  int64_t num_requests, max_blocks;
+  const int32_t *query_start, *query_len, *seq_len, *block_table;
+  const int32_t *first, *prompt_len, *span_offsets, *spans;
+  const float* log_alpha;
+};
+
+struct Shape {  // of one layer's tensors; strides in elements
+  int64_t num_heads, num_kv_heads, head_size, block_size;
+  int64_t query_row, query_head, output_row, output_head, kv_block, kv_head;
+  int64_t format;  // Format
+  int64_t window;  // keys that a row sees, its own included; more than any context if unbounded
+  float scale, soft_cap;  // soft_cap 0: none
+};
+
+struct Layer {
+  const int32_t *head_offsets, *heads;
+  const void *query, *kv_cache;
+  void* output;
+  int64_t num_tokens, num_blocks;
+  int64_t whole;  // bool: also the heads that are not steered
+  const float *alibi_slopes, *sinks;  // per query head; null if none
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int MIN_AMX_ROWS = 9;  // with fewer, AMX's tiles of 16 rows are mostly empty
+constexpr long MAX_DEPTH = 128;  // products that are added up one by one: more would lose digits
+constexpr int MIN_SPLIT = 512;   // fewer keys are not worth a unit of their own
+
+enum Format { FLOAT_PLAIN, BFLOAT16_PLAIN, HALF_PLAIN, BFLOAT16_PAIRED };
+enum Status { OK, BAD_FORMAT, BAD_HEAD, BAD_BLOCK, BAD_ROW };
+
+struct Unit {
+  int request;
+  long kv_head;
+  const int32_t* heads;
+  long num_heads;
+  uint64_t steered;         // one bit for each of the heads
+  long row, rows;           // query rows, counted from the request's first in this step
+  long key_begin, key_end;
+  long partial;             // where its sums go if the keys are split, else -1
+};
+
+struct Merge {  // the units that share query rows and have different keys
+  long unit, count;
+};
+
+struct Scratch {  // one thread's; as vectors, so that rows start at cache lines
+  std::vector<f32> query, query16, logits, weights16, sums, bias;  // 16: in bf16, for AMX
+  void resize(long head_size) {
+    query.resize(MAX_ROWS * head_size / LANES);
+    query16.resize(MAX_ROWS * head_size / LANES / 2);
+    logits.resize(MAX_ROWS * KEY_STRIDE / LANES);
+    weights16.resize(MAX_ROWS * KEY_STRIDE / LANES / 2);
+    sums.resize(MAX_ROWS * head_size / LANES);
+    bias.resize(MAX_KEYS / LANES);
+  }
+};
+
+template <class T>
+T* as(std::vector<f32>& buffer) {
+  return reinterpret_cast<T*>(buffer.data());
+}
+
+// One unit's result for a row, where the keys are split.
+struct PartState {
+  float max, sum, kept;
+};
+
+// Whether rows that see keys among [begin, end) alone are plain: no key is scaled, or all are.
+bool is_plain(const Batch& batch, const Layer& layer, int r, long begin, long end) {
+  long unscaled = end - std::clamp<long>(batch.prompt_len[r], begin, end);
+  for (int i = batch.span_offsets[r]; i < batch.span_offsets[r + 1]; ++i) {
+    const int32_t* span = batch.spans + 2 * i;
+    unscaled += std::max(0L, std::min<long>(span[1], end) - std::max<long>(span[0], begin));
+  }
+  return unscaled == end - begin || (unscaled == 0 && !layer.sinks);
+}
+
+// Cuts the layer's work into units, none much larger than a thread's share.
+Status plan(const Batch& batch, const Shape& shape, const Layer& layer, std::vector<Unit>& units,
+            std::vector<Merge>& merges, std::vector<int32_t>& all_heads) {
+  const long group_size = shape.num_heads / shape.num_kv_heads;
+  all_heads.resize(shape.num_heads);
+  std::iota(all_heads.begin(), all_heads.end(), 0);
+  units.clear();
+  merges.clear();
+  long total = 0;
+  for (int r = 0; r < batch.num_requests; ++r) {
+    const int32_t* heads = layer.heads + layer.head_offsets[r];
+    const int32_t* heads_end = layer.heads + layer.head_offsets[r + 1];
+    const long computed = batch.seq_len[r] - batch.query_len[r];
+    const long skip = layer.whole ? 0 : std::max<long>(0, batch.first[r] - computed);
+    if ((heads == heads_end && !layer.whole) || skip >= batch.query_len[r]) continue;
+    if (batch.query_start[r] < 0 || batch.query_start[r] + batch.query_len[r] > layer.num_tokens)
+      return BAD_ROW;
+    const auto window_begin = [&](long row) {
+      return std::max<long>(0, computed + row + 1 - shape.window);
+    };
+    const long blocks = (batch.seq_len[r] + shape.block_size - 1) / shape.block_size;
+    if (blocks > batch.max_blocks) return BAD_BLOCK;
+    // Blocks before the window may have been given away: they are not read.
+    for (long i = window_begin(skip) / shape.block_size; i < blocks; ++i) {
+      const int32_t block = batch.block_table[r * batch.max_blocks + i];
+      if (block < 0 || block >= layer.num_blocks) return BAD_BLOCK;
+    }
+    for (const int32_t* head = heads; head < heads_end; ++head)
+      if (*head < 0 || *head >= shape.num_heads) return BAD_HEAD;
+    const int32_t *steered = heads, *steered_end = heads_end;
+    if (layer.whole) heads = all_heads.data(), heads_end = heads + shape.num_heads;
+    while (heads < heads_end) {
+      const long kv_head = *heads / group_size;
+      long n = 1;
+      while (heads + n < heads_end && heads[n] / group_size == kv_head && n < MAX_ROWS) ++n;
+      uint64_t mask = 0;
+      for (long i = 0; i < n; ++i)
+        if (steered < steered_end && heads[i] == *steered) mask |= uint64_t{1} << i, ++steered;
+      const long rows = MAX_ROWS / n;
+      for (long row = skip; row < batch.query_len[r]; row += rows) {
+        const long m = std::min(rows, batch.query_len[r] - row);
+        const long begin = window_begin(row), end = computed + row + m;
+        if (begin > 0 && !layer.whole && is_plain(batch, layer, r, begin, end)) continue;
+        const long aligned = begin - begin % shape.block_size % 32;  // as AMX wants it
+        units.push_back({r, kv_head, heads, n, mask, row, m, aligned, end, -1});
+        total += m * n * (end - aligned);
+      }
+      heads += n;
+    }
+  }
+
+  // Split what is too large along the keys, and put the parts' results together afterwards.
+  const long share = std::max<long>(1, total / (4 * omp_get_max_threads()));
+  long partials = 0;
+  for (size_t i = 0, whole = units.size(); i < whole; ++i) {
+    const Unit unit = units[i];
+    const long all_keys = unit.key_end - unit.key_begin;
+    const long cost = unit.rows * unit.num_heads * all_keys;
+    const long parts = std::min((cost + share - 1) / share, all_keys / MIN_SPLIT);
+    if (parts < 2 || omp_get_max_threads() == 1) continue;
+    const long keys = ((all_keys + parts - 1) / parts + MAX_KEYS - 1) / MAX_KEYS * MAX_KEYS;
+    merges.push_back({(long)units.size(), 0});
+    for (long begin = unit.key_begin; begin < unit.key_end; begin += keys) {
+      Unit part = unit;
+      part.key_begin = begin;
+      part.key_end = std::min(begin + keys, unit.key_end);
+      part.partial = partials++;
+      units.push_back(part);
+      ++merges.back().count;
+    }
+    units[i].rows = 0;  // done by its parts
+  }
+  return OK;
+}
+
+template <class Layout>
+struct Kernel {
+  using Element = typename Layout::Element;
+  using T = typename Layout::T;
+  const Batch& batch;
+  const Shape& shape;
+  const Layer& layer;
+
+  static constexpr long STATE = sizeof(PartState) / sizeof(float);
+  long partial_size() const { return MAX_ROWS * (shape.head_size + STATE); }
+
+  bool reuses_plain(int request) const {
+    return !layer.whole && batch.log_alpha[request] < 0.0f;
+  }
+
+  // The bias of keys [key, key + n): log(alpha) for the prompt's tokens outside the spans. Returns
+  // the least range that holds all whose bias is 0, from a multiple of 32 on.
+  std::pair<long, long> fill_bias(int r, long key, long n, float* bias) const {
+    const long prompt = std::clamp<long>(batch.prompt_len[r] - key, 0, n);
+    std::fill(bias, bias + prompt, batch.log_alpha[r]);
+    std::fill(bias + prompt, bias + MAX_KEYS, 0.0f);
+    long first = prompt, last = prompt < n ? n : 0;
+    const int32_t* end = batch.spans + 2 * batch.span_offsets[r + 1];
+    for (const int32_t* span = batch.spans + 2 * batch.span_offsets[r];
+         span < end && span[0] < key + n; span += 2)
+      if (span[1] > key) {
+        const long from = std::max<long>(span[0] - key, 0);
+        const long to = std::min<long>(span[1] - key, n);
+        std::fill(bias + from, bias + to, 0.0f);
+        first = std::min(first, from);
+        last = std::max(last, to);
+      }
+    return {first / 32 * 32, last};
+  }
+
+  bool shapes_logits() const { return shape.soft_cap > 0.0f || layer.alibi_slopes; }
+
+  // Products of the tile at `key` to logits, before the bias.
+  void shape_logits(const Unit& unit, long first_position, long key, long n, float* logits) const {
+    const f32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (long m = 0; m < unit.rows * unit.num_heads; ++m, logits += KEY_STRIDE) {
+      const long position = first_position + m / unit.num_heads;
+      const int32_t head = unit.heads[m % unit.num_heads];
+      for (long j = 0; j < n; j += LANES) {
+        f32 x = load<f32>(logits + j) * shape.scale;
+        if (shape.soft_cap > 0.0f) x = shape.soft_cap * tanh(x / shape.soft_cap);
+        if (layer.alibi_slopes) x += layer.alibi_slopes[head] * (lane + (float)(key + j - position));
+        store(logits + j, x);
+      }
+    }
+  }
+
+  // Of the tile at `key`, hides what lies before the rows' windows.
+  void hide_before_window(const Unit& unit, long first_position, long key, long n,
+                          float* logits) const {
+    for (long m = 0; m < unit.rows * unit.num_heads; ++m) {
+      const long begin = first_position + m / unit.num_heads + 1 - shape.window;
+      float* row = logits + m * KEY_STRIDE;
+      std::fill(row, row + std::clamp<long>(begin - key, 0, n),
+                -std::numeric_limits<float>::infinity());
+    }
+  }
+
+  const T* block_of(const Unit& unit, long key) const {
+    const int32_t block =
+        batch.block_table[unit.request * batch.max_blocks + key / shape.block_size];
+    return static_cast<const T*>(layer.kv_cache) + block * shape.kv_block +
+           unit.kv_head * shape.kv_head;
+  }
+
+  const T* keys_of(const Unit& unit, long key) const {
+    return block_of(unit, key) + Layout::key_offset(key % shape.block_size, shape.head_size);
+  }
+
+  // `next` is what this thread will probably run next, or null.
+  void run(const Unit& unit, const Unit* next, Scratch& scratch, float* partials) const {
+    const long head_size = shape.head_size, block_size = shape.block_size;
+    const long rows = unit.rows * unit.num_heads;
+    const int r = unit.request;
+    const long first_row = batch.query_start[r] + unit.row;
+    const long first_position = batch.seq_len[r] - batch.query_len[r] + unit.row;
+    RowState state[MAX_ROWS];
+    float rescale[MAX_ROWS];  // what the sums are still to be multiplied by
+    float ones[MAX_ROWS];
+    std::fill(ones, ones + MAX_ROWS, 1.0f);
+    float *query = as<float>(scratch.query), *logits = as<float>(scratch.logits);
+    float *sums = as<float>(scratch.sums), *bias = as<float>(scratch.bias);
+    T *query16 = as<T>(scratch.query16), *weights16 = as<T>(scratch.weights16);
+    for (long m = 0; m < rows; ++m) {
+      const T* source = static_cast<const T*>(layer.query) +
+                        (first_row + m / unit.num_heads) * shape.query_row +
+                        unit.heads[m % unit.num_heads] * shape.query_head;
+      for (long d = 0; d < head_size; d += LANES)
+        store(query + m * head_size + d, Element::widen(source + d));
+      if (Layout::AMX) std::memcpy(query16 + m * head_size, source, head_size * sizeof(T));
+      state[m] = {f32{}, f32{}, -1e30f};  // finite, so that a row that sees no key yet has no NaN
+      rescale[m] = 1.0f;
+    }
+    std::fill(sums, sums + rows * head_size, 0.0f);
+    const bool amx = Layout::AMX && rows >= MIN_AMX_ROWS && has_amx();
+    std::optional<TileShapes> shapes;
+    if (amx) shapes.emplace();
+
+    for (long key = unit.key_begin, n; key < unit.key_end; key += n) {
+      const long token = key % block_size;
+      n = std::min({(long)MAX_KEYS, block_size - token, unit.key_end - key});
+      const T* keys = keys_of(unit, key);
+      const T* values = Layout::values(block_of(unit, key), token, head_size, block_size);
+      const Strides key_strides = Layout::key_strides(head_size, block_size);
+      const Strides value_strides = Layout::value_strides(head_size, block_size);
+      const long groups = (n + LANES - 1) / LANES;
+      // With few rows, memory is the limit, and the hardware does not foresee the next block.
+      const T* then = rows > ROWS                 ? keys
+                      : key + n < unit.key_end    ? keys_of(unit, key + n)
+                      : next && next->rows > 0    ? keys_of(*next, next->key_begin)
+                                                  : keys;
+      const long ahead = reinterpret_cast<intptr_t>(then) - reinterpret_cast<intptr_t>(keys);
+      if (amx)
+        multiply_keys_amx(query16, keys, key_strides, head_size, groups, rows, logits);
+      else
+        for (long d = 0; d < head_size; d += MAX_DEPTH)
+          multiply<Layout>({query + d, head_size, key_strides, std::min(MAX_DEPTH, head_size - d),
+                            d ? ones : nullptr, logits, KEY_STRIDE, ahead},
+                           rows, groups, keys + d / 2 * key_strides.pair);
+
+      if (shapes_logits()) shape_logits(unit, first_position, key, n, logits);
+      if (key < first_position + unit.rows - shape.window)
+        hide_before_window(unit, first_position, key, n, logits);
+
+      auto [first, last] = fill_bias(r, key, n, bias);
+      if (!reuses_plain(r)) first = 0, last = n;
+      const auto weigh = !reuses_plain(r) ? softmax_rows<Keep::ALL>
+                         : first < last   ? softmax_rows<Keep::UNBIASED>
+                                          : softmax_rows<Keep::NONE>;
+      weigh(logits, bias, unit.steered, n, first_position + 1 - key, unit.num_heads, rows,
+            shapes_logits() ? 1.0f : shape.scale, state, rescale);
+      if (first >= last) continue;
+      values += first / 2 * value_strides.pair;
+      if (amx)
+        add_values_amx(logits + first, weights16, values, value_strides, last - first, n - first,
+                       rescale, sums, head_size, rows);
+      else
+        multiply<Layout>({logits + first, KEY_STRIDE, value_strides, last - first, rescale, sums,
+                          head_size},
+                         rows, head_size / LANES, values);
+      std::fill(rescale, rescale + rows, 1.0f);
+    }
+
+    for (long m = 0; m < rows; ++m)
+      for (long d = 0; d < head_size; ++d) sums[m * head_size + d] *= rescale[m];
+    if (unit.partial < 0) {
+      for (long m = 0; m < rows; ++m) write(unit, m, sums + m * head_size, total(state[m]));
+    } else {
+      float* partial = partials + unit.partial * partial_size();
+      std::copy(sums, sums + rows * head_size, partial);
+      for (long m = 0; m < rows; ++m)
+        store(partial + MAX_ROWS * head_size + STATE * m, total(state[m]));
+    }
+  }
+
+  static PartState total(const RowState& row) {
+    return {row.max, reduce_sum(row.sum), reduce_sum(row.kept)};
+  }
+
+  void merge(const Unit* parts, long count, Scratch& scratch, const float* partials) const {
+    const long head_size = shape.head_size;
+    float* sums = as<float>(scratch.sums);
+    for (long m = 0; m < parts->rows * parts->num_heads; ++m) {
+      const auto state = [&](long i) {
+        return load<PartState>(partials + parts[i].partial * partial_size() +
+                              MAX_ROWS * head_size + STATE * m);
+      };
+      PartState all = {state(0).max, 0.0f, 0.0f};
+      for (long i = 1; i < count; ++i) all.max = std::max(all.max, state(i).max);
+      std::fill(sums, sums + head_size, 0.0f);
+      for (long i = 0; i < count; ++i) {
+        const float weight = std::exp(state(i).max - all.max);
+        const float* partial = partials + parts[i].partial * partial_size() + m * head_size;
+        all.sum += weight * state(i).sum;
+        all.kept += weight * state(i).kept;
+        for (long d = 0; d < head_size; ++d) sums[d] += weight * partial[d];
+      }
+      write(*parts, m, sums, all);
+    }
+  }
+
+  void write(const Unit& unit, long m, const float* sums, PartState state) const {
+    const int32_t head = unit.heads[m % unit.num_heads];
+    T* target = static_cast<T*>(layer.output) +
+                (batch.query_start[unit.request] + unit.row + m / unit.num_heads) *
+                    shape.output_row +
+                head * shape.output_head;
+    float rescale = 1.0f;
+    if (layer.sinks) {
+      const float max = std::max(state.max, layer.sinks[head]);
+      const float sink = std::exp(layer.sinks[head] - max);
+      rescale = std::exp(state.max - max);
+      state = {max, state.sum * rescale + sink, state.kept * rescale + sink};
+    }
+    const float alpha = std::exp(batch.log_alpha[unit.request]);
+    const float plain_share = (state.sum - state.kept + alpha * state.kept) / state.sum;
+    const bool reuse = reuses_plain(unit.request);
+    const float factor = (reuse ? 1.0f - alpha : 1.0f) * rescale / state.sum;
+    for (long d = 0; d < shape.head_size; d += LANES) {
+      f32 result = load<f32>(sums + d) * factor;
+      if (reuse) result += Element::widen(target + d) * plain_share;
+      Element::narrow(result, target + d);
+    }
+  }
+};
+
+template <class Layout>
+void run(const Batch& batch, const Shape& shape, const Layer& layer, std::vector<Unit>& units,
+         std::vector<Merge>& merges) {
+  const Kernel<Layout> kernel{batch, shape, layer};
+  static thread_local std::vector<float> partials;
+  long parts = 0;
+  for (const Merge& merge : merges) parts += merge.count;
+  partials.resize(std::max<size_t>(partials.size(), parts * kernel.partial_size()));
+  float* sums = partials.data();
+#pragma omp parallel if (units.size() > 1)
+  {
+    static thread_local Scratch scratch;
+    scratch.resize(shape.head_size);
+    const size_t threads = omp_get_num_threads();
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < units.size(); ++i)
+      if (units[i].rows > 0)
+        kernel.run(units[i], i + threads < units.size() ? &units[i + threads] : nullptr, scratch,
+                   sums);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < merges.size(); ++i)
+      kernel.merge(&units[merges[i].unit], merges[i].count, scratch, sums);
+  }
+}
+
+}  // namespace
+
+extern "C" int vllm_pasta_steered_attention(const Batch* batch, const Shape* shape,
+                                            const Layer* layer) {
+  static thread_local std::vector<Unit> units;
+  static thread_local std::vector<Merge> merges;
+  static thread_local std::vector<int32_t> all_heads;
+  if (const Status status = plan(*batch, *shape, *layer, units, merges, all_heads)) return status;
+  switch (shape->format) {
+    case FLOAT_PLAIN: run<Plain<Float>>(*batch, *shape, *layer, units, merges); break;
+    case BFLOAT16_PLAIN: run<Plain<BFloat16>>(*batch, *shape, *layer, units, merges); break;
+    case HALF_PLAIN: run<Plain<Half>>(*batch, *shape, *layer, units, merges); break;
+    case BFLOAT16_PAIRED: run<Paired>(*batch, *shape, *layer, units, merges); break;
+    default: return BAD_FORMAT;
+  }
+  return OK;
+}

@@ -1,0 +1,142 @@
+"""Head sets: which query heads are steered, with where the choice comes from.
+
+A head set file is JSON in either of two forms:
+
+    {"20": [0, 1, 2], "21": [4]}                  the PASTA reference's: layer -> query heads
+    {"heads": {"20": [0, 1, 2]}, "model": …, …}   ours: the same, and provenance beside it
+
+Layers and query heads are numbered over the whole model.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vllm_pasta.errors import HeadSetError, show
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """A choice of query heads.
+
+    Attributes:
+        layers: ``((layer, (head, …)), …)``, both sorted, no layer without heads.
+        name: What to call it in messages; not part of its identity.
+        provenance: The file's other fields (model, tasks, scores, …); not part of its identity.
+    """
+
+    layers: tuple[tuple[int, tuple[int, ...]], ...]
+    name: str = field(default="", compare=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    def __len__(self) -> int:
+        return sum(len(heads) for _, heads in self.layers)
+
+    @classmethod
+    def from_json(cls, value: Any, name: str = "") -> "HeadSet":
+        """Builds a head set from either JSON form.
+
+        Raises:
+            HeadSetError: not a known form; a negative or repeated head; no head at all.
+        """
+        if not isinstance(value, Mapping):
+            raise HeadSetError(
+                'expected {"layer": [heads]} or {"heads": {"layer": [heads]}, …}, '
+                f"got {type(value).__name__}"
+            )
+        provenance: dict[str, Any] = {}
+        if "heads" in value:
+            provenance = {k: v for k, v in value.items() if k != "heads"}
+            value = value["heads"]
+            if not isinstance(value, Mapping):
+                raise HeadSetError(
+                    f'expected "heads": {{"layer": [heads]}}, got {type(value).__name__}'
+                )
+        layers: dict[int, tuple[int, ...]] = {}
+        for key, heads in value.items():
+            layer = _index(key, "layer")
+            if not isinstance(heads, Sequence) or isinstance(heads, str | bytes):
+                raise HeadSetError(f"layer {layer}: expected a list of heads, got {show(heads)}")
+            indices = sorted(_index(head, f"head of layer {layer}") for head in heads)
+            if layer in layers or len(set(indices)) != len(indices):
+                raise HeadSetError(f"layer {layer}: given twice, or a head of it is: {show(heads)}")
+            if indices:
+                layers[layer] = tuple(indices)
+        if not layers:
+            raise HeadSetError("expected at least one head, got none")
+        return cls(tuple(sorted(layers.items())), name, provenance)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HeadSet":
+        """Loads a head set file.
+
+        Raises:
+            HeadSetError: the file is missing or malformed; says which and why.
+        """
+        path = Path(path)
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")), name=path.stem)
+        except OSError as e:
+            raise HeadSetError(f"head set file {path}: cannot be read: {e.strerror}") from e
+        except (HeadSetError, ValueError, RecursionError) as e:
+            raise HeadSetError(f"head set file {path}: {e}") from e
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file in our form, provenance included."""
+        heads = {str(layer): list(heads) for layer, heads in self.layers}
+        text = _dump({**self.provenance, "heads": heads})
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def check(self, num_layers: int, num_heads: int) -> None:
+        """Checks that every head exists in a model.
+
+        Raises:
+            HeadSetError: names the head and the model's sizes.
+        """
+        for layer, heads in self.layers:
+            if layer >= num_layers or heads[-1] >= num_heads:
+                raise HeadSetError(
+                    f"layer {layer}, head {heads[-1]} is out of range: this model has "
+                    f"{num_layers} layers (0 to {num_layers - 1}) of {num_heads} query heads "
+                    f"(0 to {num_heads - 1})"
+                )
+
+    def to_wire(self) -> list[list[int]]:
+        """``[[layer, head, head, …], …]``."""
+        return [[layer, *heads] for layer, heads in self.layers]
+
+    @classmethod
+    def from_wire(cls, wire: Sequence[Sequence[int]]) -> "HeadSet":
+        return cls(tuple((layer, tuple(heads)) for layer, *heads in wire))
+
+
+def bundled() -> dict[str, HeadSet]:
+    """The head sets that come with the package, by name."""
+    folder = resources.files("vllm_pasta.request") / "head_sets"
+    return {
+        Path(entry.name).stem: HeadSet.from_json(
+            json.loads(entry.read_text(encoding="utf-8")), name=Path(entry.name).stem
+        )
+        for entry in folder.iterdir()
+        if entry.name.endswith(".json")
+    }
+
+
+def _dump(value: Any, indent: str = "") -> str:
+    """JSON with one line per field; lists stay on a line, for there are rankings of all heads."""
+    if not isinstance(value, Mapping) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    inner = indent + " "
+    fields = (f"{inner}{json.dumps(str(k))}: {_dump(v, inner)}" for k, v in value.items())
+    return "{\n" + ",\n".join(fields) + f"\n{indent}}}"
+
+
+def _index(value: Any, what: str) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 10**9:
+        raise HeadSetError(f"expected a {what} as a number from 0 on, got {show(value)}")
+    return value
