@@ -26,8 +26,8 @@ from vllm_pasta.errors import ConfigError, UnsupportedError
 from vllm_pasta.integration import plugin, support
 from vllm_pasta.integration.worker import gpu, rows
 from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
-from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
 from vllm_pasta.steering.slots import PLAIN
 
