@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import vllm
 from models import tiny_llama, tiny_model
-from oracle import Oracle, Steering
 
 from vllm_pasta.integration.support import GPU_VLLM
+from vllm_pasta.verify.oracle import Oracle, Steering
 
 pytestmark = pytest.mark.skipif(
     not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}x"
