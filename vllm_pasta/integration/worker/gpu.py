@@ -207,6 +207,9 @@ def __getattr__(name: str) -> type[AttentionBackend]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _made:
         module, _, class_name = AttentionBackendEnum[name].value.rpartition(".")
-        _made[name] = steered_gpu_backend(getattr(importlib.import_module(module), class_name))
+        made = steered_gpu_backend(getattr(importlib.import_module(module), class_name))
+        # vLLM's selector names a class by `full_cls_name`, and looks that name up in this module.
+        made.__qualname__ = name
+        _made[name] = made
         upstream.apply_backend(name)
     return _made[name]
