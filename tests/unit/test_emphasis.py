@@ -20,7 +20,6 @@ HEADS = HeadSet.from_json({"1": [0]})
         (None, None),
         ({}, None),
         ({"theirs": 1}, None),
-        ({"emphasis": None}, None),
         ({"emphasis": "a b"}, Emphasis(marks=(Mark("a b"),))),
         ({"emphasis": ["a", "b"]}, Emphasis(marks=(Mark("a"), Mark("b")))),
         ({"emphasis": {"text": "a"}}, Emphasis(marks=(Mark("a"),))),
@@ -62,12 +61,92 @@ def test_read(extra_args, expected):
 
 
 @pytest.mark.parametrize(
+    "extra_args",
+    [
+        *({"emphasis": value} for value in (None, False, {}, "{}", {"text": None})),
+        {"emphasis": {"markup": "off"}},
+        {"emphasis": '{"markup": "off"}'},
+        {"emphasis_markup": "off"},
+        {"emphasis": None, "emphasis_markup": "off"},
+    ],
+)
+def test_off(extra_args):
+    """Each way to say that there be no emphasis, whatever the server's default is."""
+    emphasis = Emphasis.parse(extra_args)
+    assert emphasis == Emphasis(markup="off")
+    assert emphasis.is_off
+    assert not Emphasis.parse({"emphasis": "a", "emphasis_markup": "off"}).is_off
+
+
+@pytest.mark.parametrize("value", [None, False, {}])
+def test_nothing_is_not_asked_for(value):
+    assert not has_emphasis({"emphasis": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"text": {"text": "a", "alpha": 0.1}}, Emphasis(marks=(Mark("a", alpha=0.1),))),
+        (
+            ["a", {"role": "user", "alpha": 2}, {"message": 0, "text": "b", "alpha": 0.5}],
+            Emphasis(
+                marks=(Mark("a"), Mark(role="user", alpha=2.0), Mark("b", message=0, alpha=0.5))
+            ),
+        ),
+        (
+            {"chars": [{"chars": [0, 3], "alpha": 0.1}]},
+            Emphasis(marks=(Mark(chars=(0, 3), alpha=0.1),)),
+        ),
+        (
+            {"spans": [[0, 2], {"tokens": [5, 6], "alpha": 0.1}, {"tokens": [7, 8]}]},
+            Emphasis(((0, 2), (5, 6), (7, 8)), alphas=(1.0, 0.1, 1.0)),
+        ),
+        ({"spans": [{"tokens": [5, 6], "alpha": 1}]}, Emphasis(((5, 6),))),
+    ],
+)
+def test_strengths(value, expected):
+    """A mark's own alpha, in every way of marking; 1 is as good as none."""
+    assert Emphasis.parse({"emphasis": value}) == expected
+
+
+PROMPTS = {"prompts": ["a", None, {"spans": [[0, 1]]}, '{"a": 1}']}
+
+
+def test_one_for_each_prompt():
+    """Each prompt's own; a string is text there; null is none."""
+    each = [Emphasis.parse({"emphasis": PROMPTS}, (i, 4)) for i in range(4)]
+    assert each == [
+        Emphasis(marks=(Mark("a"),)),
+        Emphasis(markup="off"),
+        Emphasis(((0, 1),)),
+        Emphasis(marks=(Mark('{"a": 1}'),)),
+    ]
+    assert Emphasis.parse({"emphasis": json.dumps(PROMPTS)}, (2, 4)) == each[2]
+    assert Emphasis.parse({"emphasis": {"prompts": ["a"]}}) == each[0]
+    for value, words in (
+        (PROMPTS, "there are 3 prompts, got 4"),
+        ({"prompts": "a"}, "expected a list of emphases"),
+        ({"prompts": ["a"] * 3, "alpha": 1}, "goes alone"),
+        ({"prompts": [{"prompts": ["a"]}] * 3}, "unknown field 'prompts'"),
+    ):
+        with pytest.raises(EmphasisError, match=words):
+            Emphasis.parse({"emphasis": value}, (1, 3))
+
+
+@pytest.mark.parametrize(
     ("value", "field", "words"),
     [
         (5, "emphasis", "got 5"),
+        ('{"name": ""}', "emphasis", "is read as an emphasis; where it is the text to emphasise"),
+        ({"text": {"alpha": 0.1}}, "emphasis.text[0]", "expected one of text, chars"),
+        ({"text": {"text": "a", "alpha": 0}}, "emphasis.text[0].alpha", "above 0, got 0"),
+        ({"text": {"role": "user", "alpha": "1"}}, "emphasis.text[0].alpha", "got '1'"),
+        ({"spans": [{"tokens": [0, 1], "alpha": math.inf}]}, "emphasis.spans[0].alpha", "got inf"),
+        ({"spans": [{"tokens": [1, 0]}]}, "emphasis.spans[0].tokens", "start < end"),
+        ({"spans": [{"alpha": 0.1}]}, "emphasis.spans[0].tokens", "got None"),
+        ({"spans": [{"span": [0, 1]}]}, "emphasis.spans[0]", "unknown field 'span'"),
         (True, "emphasis", "got True"),
         ([], "emphasis", "got neither"),
-        ({}, "emphasis", "got neither"),
         ({"text": []}, "emphasis", "got neither"),
         ({"alpha": 0.1}, "emphasis", "got neither"),
         (
@@ -75,8 +154,7 @@ def test_read(extra_args, expected):
             "emphasis",
             "unknown field 'txt'; known are spans, text, chars, markup, keep_marks, alpha, heads",
         ),
-        ({"markup": "off"}, "emphasis", "got neither"),
-        ({"markup": "html"}, "emphasis.markup", "tag, markdown, off"),
+        ({"markup": "html"}, "emphasis.markup", "tag, markdown, stars, off"),
         ({"markup": "tag", "keep_marks": True}, "emphasis.keep_marks", "never stay"),
         ({"markup": "markdown", "keep_marks": 1}, "emphasis.keep_marks", "got 1"),
         ({"chars": 3}, "emphasis.chars", "got 3"),

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pasta import EmphasisError
-from vllm_pasta.request.tokens import Tokenized, align, closest, decoded, find
+from vllm_pasta.request.search import closest, find
+from vllm_pasta.request.tokens import Tokenized, align, decoded
 
 CATS = "a cat, a cat, a catcat"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vllm_pasta import envs, tasks
 from vllm_pasta.cli import smollm2
-from vllm_pasta.request.emphasis import parse_alpha
+from vllm_pasta.request.marks import parse_alpha
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

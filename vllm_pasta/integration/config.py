@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 
 from vllm_pasta.errors import ConfigError, HeadSetError
-from vllm_pasta.request.emphasis import MARKUPS, parse_alpha
 from vllm_pasta.request.heads import HeadSet, bundled
-from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.marks import parse_alpha
+from vllm_pasta.request.markup import MARKUPS, ROLES, Markup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,9 +40,9 @@ class PastaConfig:
     def parse(cls, value: Any) -> "PastaConfig":
         """Reads the ``pasta`` section; every field may be absent.
 
-        ``{"heads": …, "alpha": …, "head_sets": {name: path}, "markup": …, "tag": …,
-        "keep_marks": …}``. ``heads`` is the path of a head set file, the name of a head set, or
-        ``{"layer": [heads]}``.
+        ``{"heads": …, "alpha": …, "head_sets": {name: path}, "markup": …, "markup_roles": [role],
+        "tag": …, "keep_marks": …}``. ``heads`` is the path of a head set file, the name of a head
+        set, or ``{"layer": [heads]}``.
 
         Raises:
             ConfigError: unknown field or wrong type.
@@ -50,7 +50,7 @@ class PastaConfig:
         """
         if not isinstance(value, Mapping):
             raise ConfigError(f"additional_config[{KEY!r}]: expected an object, got {value!r:.80}")
-        known = ("heads", "alpha", "head_sets", "markup", "tag", "keep_marks")
+        known = ("heads", "alpha", "head_sets", "markup", "markup_roles", "tag", "keep_marks")
         if unknown := [key for key in value if key not in known]:
             hint = ": leave it out, a GPU need not be asked for" if unknown[0] == "gpu" else ""
             raise ConfigError(
@@ -73,7 +73,7 @@ class PastaConfig:
             None if heads is None else _head_set(heads, head_sets),
             alpha,
             head_sets,
-            _markup(value.get("markup"), value.get("tag"), value.get("keep_marks")),
+            _markup(value),
         )
 
     @classmethod
@@ -94,17 +94,19 @@ def _section(vllm_config: "VllmConfig") -> Any:
     return config.get(KEY) if isinstance(config, Mapping) else None
 
 
-def _markup(kind: Any, tag: Any, keep_marks: Any) -> Markup:
-    kind = "off" if kind is None else kind
-    tag = "emphasis" if tag is None else tag
-    keep_marks = True if keep_marks is None else keep_marks
+def _markup(section: Mapping[str, Any]) -> Markup:
+    given = {key: value for key, value in section.items() if value is not None}
+    kind, tag = given.get("markup", "off"), given.get("tag", "emphasis")
+    keep_marks, roles = given.get("keep_marks", True), given.get("markup_roles", ROLES)
     if kind not in MARKUPS:
         raise ConfigError(f"markup: expected one of {', '.join(MARKUPS)}, got {kind!r:.80}")
     if not isinstance(tag, str) or not re.fullmatch(r"[A-Za-z][\w.-]*", tag):
         raise ConfigError(f"tag: expected a name such as emphasis, got {tag!r:.80}")
     if not isinstance(keep_marks, bool):
         raise ConfigError(f"keep_marks: expected true or false, got {keep_marks!r:.80}")
-    return Markup(kind, tag, keep_marks)
+    if not isinstance(roles, list | tuple) or not all(isinstance(role, str) for role in roles):
+        raise ConfigError(f"markup_roles: expected a list of roles, got {roles!r:.80}")
+    return Markup(kind, tag, keep_marks, tuple(roles))
 
 
 def _head_set(value: Any, known: Mapping[str, HeadSet]) -> HeadSet:

@@ -5,23 +5,26 @@ What is left of it once prompt, model and server defaults are known is a ``Resol
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from vllm_pasta.errors import EmphasisError, HeadSetError, show
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.marks import Mark, parse_chars, parse_range, parse_texts
+from vllm_pasta.request.marks import Mark, parse_alpha, parse_chars, parse_spans, parse_texts
+from vllm_pasta.request.markup import MARKUPS
 from vllm_pasta.request.resolution import KEY, Span, check_count
 
 FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads", "emphasis_markup": "markup"}
 """Keys beside ``emphasis`` in ``extra_args``, for transports that carry scalars and flat lists."""
 
-MARKUPS = ("tag", "markdown", "off")
-
 RETURN_KEY = "return_emphasis"
 """Key in ``extra_args``: whether the response says what was emphasised."""
+
+
+REFUSED_KEY = "emphasis_refused"
+"""Key in ``extra_args`` that says why a request is refused, where that was found before it could
+be answered: in a batch file's line."""
 
 
 def is_ours(key: Any) -> bool:
@@ -30,9 +33,10 @@ def is_ours(key: Any) -> bool:
 
 
 def has_emphasis(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether ``extra_args`` asks for emphasis, well formed or not."""
+    """Whether ``extra_args`` says anything about emphasis, well formed or not; that there be none
+    of it (null, false, an empty object) is not asked for."""
     return extra_args is not None and any(
-        isinstance(key, str) and key.startswith(KEY) and value is not None
+        isinstance(key, str) and key.startswith(KEY) and not _is_nothing(value)
         for key, value in extra_args.items()
     )
 
@@ -44,11 +48,12 @@ class Emphasis:
     Attributes:
         spans: Token ranges ``(start, end)`` of the prompt's token ids, half open.
         marks: What to find in the prompt, from the fields ``text`` and ``chars``.
-        markup: Which markup in the text itself to read: "tag", "markdown", "off"; None means the
-            server's.
-        keep_marks: Whether Markdown's stars stay in the text; None means the server's.
+        markup: Which markup in the text itself to read: "tag", "markdown", "stars", "off"; None
+            means the server's.
+        keep_marks: Whether stars stay in the text; None means the server's.
         alpha: Scale factor for the other prompt tokens; None means the server's.
         heads: A head set, or the name of one known to the server; None means the server's.
+        alphas: A factor for each of ``spans``; empty where all are 1, full strength.
     """
 
     spans: tuple[Span, ...] = ()
@@ -57,61 +62,121 @@ class Emphasis:
     keep_marks: bool | None = None
     alpha: float | None = None
     heads: HeadSet | str | None = None
+    alphas: tuple[float, ...] = ()
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it asks that nothing be emphasised, whatever the server's default is."""
+        return self.markup == "off" and not self.spans and not self.marks
 
     @classmethod
-    def parse(cls, extra_args: Mapping[str, Any] | None) -> "Emphasis | None":
+    def parse(
+        cls, extra_args: Mapping[str, Any] | None, prompt: tuple[int, int] | None = None
+    ) -> "Emphasis | None":
         """Reads ``extra_args["emphasis"]`` and the flat keys beside it.
 
+        Null, false and an empty object ask for a plain request, as ``{"markup": "off"}`` does.
+
+        Args:
+            extra_args: The request's.
+            prompt: Which prompt of a list it is for, from 0, and how many there are; chooses from
+                ``{"prompts": [one for each]}``.
+
         Returns:
-            The emphasis, or None where ``extra_args`` asks for none.
+            The emphasis, or None where ``extra_args`` says nothing about it.
 
         Raises:
             EmphasisError: not a known shape; an unknown field; a value out of range.
         """
-        if not extra_args or not has_emphasis(extra_args):
+        if not extra_args or not any(
+            isinstance(key, str) and key.startswith(KEY) for key in extra_args
+        ):
             return None
+        if not has_emphasis(extra_args):
+            return cls(markup="off") if KEY in extra_args else None
         for key in extra_args:
             if isinstance(key, str) and key.startswith(KEY) and key not in (KEY, *FLAT_KEYS):
                 raise EmphasisError(
                     f"unknown field {show(key)}; known are {', '.join((KEY, *FLAT_KEYS))}",
                     field=KEY,
                 )
-        fields = _fields(extra_args.get(KEY))
+        fields = _fields(_of_prompt(extra_args.get(KEY), prompt))
+        is_nothing = not any(value is not None for value in fields.values())
         for key, name in FLAT_KEYS.items():
             if extra_args.get(key) is None:
                 continue
             if fields.get(name) is not None:
                 raise EmphasisError(f"given twice, here and as emphasis.{name}", field=key)
             fields[name] = extra_args[key]
-        spans = _spans(fields.get("spans"))
+        spans = parse_spans(fields.get("spans"), "emphasis.spans")
+        alphas = tuple(alpha for _, alpha in spans)
         marks = (
             *parse_texts(fields.get("text"), "emphasis.text"),
             *parse_chars(fields.get("chars"), "emphasis.chars"),
         )
         markup = _markup(fields.get("markup"))
-        if not spans and not marks and markup in (None, "off"):
-            raise EmphasisError(
-                "expected something to emphasise in `text`, `chars` or `spans`, or `markup`; "
-                "got neither",
-                field=KEY,
-            )
+        if not spans and not marks and markup is None:
+            if not is_nothing or KEY not in extra_args:
+                raise EmphasisError(
+                    "expected something to emphasise in `text`, `chars` or `spans`, or `markup`; "
+                    "got neither",
+                    field=KEY,
+                )
+            markup = "off"
         check_count(len(spans) + len(marks))
         return cls(
-            spans,
+            tuple(span for span, _ in spans),
             marks,
             markup,
             _keep_marks(fields.get("keep_marks"), markup),
             _alpha(fields.get("alpha")),
             _heads(fields.get("heads")),
+            () if all(alpha == 1.0 for alpha in alphas) else alphas,
         )
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, Mapping) and not value)
+
+
+def _of_prompt(value: Any, prompt: tuple[int, int] | None) -> Any:
+    """The part of an emphasis that is for one prompt of a list."""
+    if isinstance(value, str) and (parsed := _json_object(value)) is not None:
+        if "prompts" not in parsed:
+            return value
+        value = parsed
+    if not isinstance(value, Mapping) or "prompts" not in value:
+        return value
+    items = value["prompts"]
+    if len(value) > 1:
+        raise EmphasisError("goes alone: give all else in its items", field="emphasis.prompts")
+    if not isinstance(items, list | tuple):
+        raise EmphasisError(
+            f"expected a list of emphases, one for each prompt, got {show(items)}",
+            field="emphasis.prompts",
+        )
+    index, count = prompt or (0, 1)
+    if len(items) != count:
+        raise EmphasisError(
+            f"expected one emphasis for each prompt (null for none); there are {count} prompts, "
+            f"got {len(items)}",
+            field="emphasis.prompts",
+        )
+    item = items[index]
+    return [item] if isinstance(item, str) else item
 
 
 def _fields(value: Any) -> dict[str, Any]:
     """The emphasis as a dict of known fields, whatever shape it came in."""
-    if value is None:
+    if _is_nothing(value):
         return {}
+    hint = ""
     if isinstance(value, str) and (parsed := _json_object(value)) is not None:
         value = parsed
+        hint = (
+            ". This string is JSON, so it is read as an emphasis; where it is the text to "
+            'emphasise, give it in a list: ["…"]'
+        )
     if isinstance(value, str | list | tuple):
         return {"text": value}
     if not isinstance(value, Mapping):
@@ -120,10 +185,10 @@ def _fields(value: Any) -> dict[str, Any]:
             f"got {show(value)}",
             field=KEY,
         )
-    known = ("spans", "text", "chars", "markup", "keep_marks", "alpha", "heads")
-    if unknown := [key for key in value if key not in known]:
+    known = ("spans", "text", "chars", "markup", "keep_marks", "alpha", "heads", "prompts")
+    if unknown := [key for key in value if key not in known[:-1]]:
         raise EmphasisError(
-            f"unknown field {show(unknown[0])}; known are {', '.join(known)}", field=KEY
+            f"unknown field {show(unknown[0])}; known are {', '.join(known)}{hint}", field=KEY
         )
     return dict(value)
 
@@ -139,16 +204,6 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return cast(dict[str, Any], value) if isinstance(value, dict) else None
 
 
-def _spans(value: Any) -> tuple[Span, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise EmphasisError(
-            f"expected [[start, end], …], got {show(value)}", field="emphasis.spans"
-        )
-    return tuple(parse_range(item, f"emphasis.spans[{i}]", "token") for i, item in enumerate(value))
-
-
 def _markup(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in MARKUPS):
         return value
@@ -161,7 +216,7 @@ def _keep_marks(value: Any, markup: str | None) -> bool | None:
     if value is None or isinstance(value, bool):
         if value is not None and markup == "tag":
             raise EmphasisError(
-                "tags never stay; this is for markdown", field="emphasis.keep_marks"
+                "tags never stay; this is for markdown and stars", field="emphasis.keep_marks"
             )
         return value
     raise EmphasisError(f"expected true or false, got {show(value)}", field="emphasis.keep_marks")
@@ -174,22 +229,6 @@ def _alpha(value: Any) -> float | None:
         return parse_alpha(value)
     except ValueError as e:
         raise EmphasisError(str(e), field="emphasis.alpha") from None
-
-
-def parse_alpha(value: Any) -> float:
-    """A scale factor.
-
-    Raises:
-        ValueError: not a number, not finite, or not above 0.
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            alpha = float(value)
-        except OverflowError:
-            alpha = math.inf
-        if math.isfinite(alpha) and alpha > 0:
-            return alpha
-    raise ValueError(f"expected a finite number above 0, got {show(value)}")
 
 
 def _heads(value: Any) -> HeadSet | str | None:

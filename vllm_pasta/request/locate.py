@@ -2,20 +2,34 @@
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm_pasta.errors import EmphasisError
-from vllm_pasta.request.chat import Chat, Place, mark_messages, read_markup, take_out
+from vllm_pasta.request.chat import (
+    WHOLE,
+    Chat,
+    Reading,
+    locate_messages,
+    missed,
+    read_messages,
+    read_text,
+)
 from vllm_pasta.request.emphasis import Emphasis
-from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup
-from vllm_pasta.request.resolution import Span, check_count, union
-from vllm_pasta.request.tokens import Tokenized, align, decoded, find
+from vllm_pasta.request.resolution import Span, check_count, strongest
+from vllm_pasta.request.search import find
+from vllm_pasta.request.tokens import Tokenized, align, decoded
 
 CHAT_KEY = "_vllm_pasta_chat"
 """Key in a rendered prompt of the `Chat` that it was made from."""
+
+
+READING_KEY = "_vllm_pasta_reading"
+"""Key in a rendered prompt of the `Reading` of its markup, which was taken out before the prompt
+became tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +37,28 @@ class Located:
     """Token ranges of an emphasis.
 
     Attributes:
-        spans: Sorted, disjoint.
+        marks: Token ranges, each with its factor, in any order; they may overlap.
         token_ids: The prompt's; others than before if markup was taken out.
         tokenized: The prompt's text and offsets; None where only `spans` were given.
     """
 
-    spans: tuple[Span, ...]
+    marks: tuple[tuple[Span, float], ...]
     token_ids: list[int]
     tokenized: Tokenized | None
+
+    @cached_property
+    def _strongest(self) -> tuple[tuple[Span, ...], tuple[float, ...]]:
+        return strongest(self.marks, 0.0)  # which is no mark's: all are kept
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The marked ranges: sorted, disjoint, those that touch of different factors."""
+        return self._strongest[0]
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """A factor for each of `spans`; empty where all are 1, full strength."""
+        return self._strongest[1]
 
 
 class Locator:
@@ -52,6 +80,7 @@ class Locator:
         token_ids: Sequence[int],
         text: str | None,
         chat: Chat | None,
+        reading: Reading | None = None,
     ) -> Located:
         """Finds every mark.
 
@@ -61,9 +90,12 @@ class Locator:
             token_ids: The prompt's.
             text: The prompt's text, if known; need not be what was tokenised.
             chat: The conversation the prompt was made from, if any.
+            reading: What markup was read before the prompt became tokens, and taken out of ``text``
+                and ``chat``; None where it was not read.
 
         Raises:
-            EmphasisError: a mark cannot be found, or means nothing.
+            EmphasisError: a mark cannot be found, or means nothing; or markup was asked for by the
+                request, and what looks like it does not count.
         """
         for i, (start, end) in enumerate(emphasis.spans):
             if end > len(token_ids):
@@ -73,17 +105,26 @@ class Locator:
                     field=f"emphasis.spans[{i}]",
                 )
         ids = list(token_ids)
-        if not emphasis.marks and (
-            markup.kind == "off" or (text is not None and not markup.may_be_in(text))
-        ):
-            return Located(union(emphasis.spans), ids, None)
-        with self._lock:
-            if self._load() is None:
-                raise EmphasisError(
-                    "the engine runs without a tokenizer, so text cannot be found; give `spans`",
-                    field="emphasis",
-                )
-            return self._locate(emphasis, markup, ids, text, chat)
+        if reading is not None:
+            unread = False
+        else:
+            unread = markup.kind != "off" and (text is None or markup.may_be_in(text))
+        if not emphasis.marks and not unread and not (reading and reading.marks):
+            located = Located(_given(emphasis), ids, None)
+        else:
+            with self._lock:
+                if self._load() is None:
+                    raise EmphasisError(
+                        "the engine runs without a tokenizer, so text cannot be found; give "
+                        "`spans`",
+                        field="emphasis",
+                    )
+                located = self._locate(emphasis, markup, ids, text, chat, reading)
+        if not located.marks and emphasis.markup is not None and text is not None:
+            why = missed(chat.messages, markup) if chat is not None else markup.missed(text)
+            if why:
+                raise EmphasisError(f"nothing is emphasised: {why}", field="emphasis.markup")
+        return located
 
     def _locate(
         self,
@@ -92,78 +133,67 @@ class Locator:
         ids: list[int],
         text: str | None,
         chat: Chat | None,
+        reading: Reading | None,
     ) -> Located:
-        if markup.kind != "off" and text is None:
-            raise EmphasisError(
-                "markup is read in text, but the prompt came as token ids; give `text` or `spans`",
-                field="emphasis.markup",
-            )
         clean = text
-        places: list[tuple[int, int, str]] = []  # in the clean text; the field that says so
-        marked: dict[Place, list[tuple[int, int]]] = {}
-        if text is not None and markup.may_be_in(text):
-            if chat is None:
-                read = markup.read(text)
-                clean = read.text
-                places = [(a, b, "emphasis.markup") for a, b in read.ranges]
-            else:
-                before = chat.texts()
-                chat, marked = read_markup(chat, markup)
-                if chat.texts() != before:
-                    clean = chat.render([dict(message) for message in chat.messages])
-        if clean is None or clean == text:
-            tokenized = self._tokenize(ids, text)
-        elif emphasis.spans:
+        if reading is None:
+            reading, clean, chat = self._read(markup, text, chat)
+        if reading.changed and emphasis.spans:
             raise EmphasisError(
                 "token positions mean nothing while markup is taken out of the prompt; give `text`",
                 field="emphasis.spans",
             )
+        if clean is None or clean == text:
+            tokenized = self._tokenize(ids, text)
         else:
             assert text is not None
             tokenized, ids = self._retokenize(ids, text, clean)
+        places = _in_text(reading, clean)
         in_chat = [mark for mark in emphasis.marks if mark.in_chat]
+        marked = {at: marks for at, marks in reading.marks.items() if at != WHOLE}
         if in_chat or marked:
+            if chat is None:
+                raise EmphasisError(
+                    "`message` and `role` are for chats; this prompt was not made from messages "
+                    "here",
+                    field=in_chat[0].field if in_chat else "emphasis.markup",
+                )
             field = in_chat[0].field if in_chat else "emphasis.markup"
-            ranges = self._in_chat(in_chat, marked, tokenized.text, chat if clean else None, field)
-            places += [(a, b, field) for a, b in ranges]
+            found = locate_messages(chat, in_chat, tokenized.text, marked)
+            places += [(a, b, field, alpha) for (a, b), alpha in found]
         for mark in emphasis.marks:
             if mark.in_chat:
                 continue
             if mark.chars is None:
-                found = find(
+                ranges = find(
                     tokenized.text, mark.text or "", mark.occurrence, tokenized.window, mark.field
                 )
             else:
                 self._check_counts(tokenized, text, clean, ids, mark.field)
-                found = [mark.chars]
-            places += [(a, b, mark.field) for a, b in found]
+                ranges = [mark.chars]
+            places += [(a, b, mark.field, mark.alpha) for a, b in ranges]
         check_count(len(emphasis.spans) + len(places))
-        spans = [tokenized.tokens(*place) for place in places]
-        self._check_not_special(ids, spans)
-        return Located(union((*emphasis.spans, *spans)), ids, tokenized)
+        spans = [(tokenized.tokens(a, b, field), alpha) for a, b, field, alpha in places]
+        self._check_not_special(ids, [span for span, _ in spans])
+        return Located((*_given(emphasis), *spans), ids, tokenized)
 
-    def _in_chat(
-        self,
-        marks: Sequence[Mark],
-        marked: Mapping[Place, list[tuple[int, int]]],
-        prompt: str,
-        chat: Chat | None,
-        field: str,
-    ) -> list[tuple[int, int]]:
-        """Character ranges of chat marks, and of markup in messages, in ``prompt``."""
+    def _read(
+        self, markup: Markup, text: str | None, chat: Chat | None
+    ) -> tuple[Reading, str | None, Chat | None]:
+        """Reads markup in a prompt that is tokens already; gives it without."""
+        if markup.kind == "off":
+            return Reading(), text, chat
+        if text is None:
+            raise EmphasisError(
+                "markup is read in text, but the prompt came as token ids; give `text` or `spans`",
+                field="emphasis.markup",
+            )
         if chat is None:
-            raise EmphasisError(
-                "`message` and `role` are for chats; this prompt was not made from messages here",
-                field=field,
-            )
-        text, enclosed = take_out(*mark_messages(chat, marks, prompt, marked))
-        if text != prompt or not enclosed:
-            raise EmphasisError(
-                "the chat template does not put this message into the prompt as it is, so it "
-                "cannot be found there; use `text`",
-                field=field,
-            )
-        return enclosed
+            clean, reading = read_text(text, markup)
+            return reading, clean, None
+        messages, reading = read_messages(chat.messages, markup)
+        chat = Chat(messages, chat.render)
+        return reading, chat.render(messages) if reading.changed else text, chat
 
     def _check_counts(
         self, tokenized: Tokenized, text: str | None, clean: str | None, ids: list[int], field: str
@@ -226,3 +256,22 @@ class Locator:
                 raise EmphasisError(
                     f"nothing but special tokens to emphasise in {text!r}", field="emphasis"
                 )
+
+
+def _given(emphasis: Emphasis) -> tuple[tuple[Span, float], ...]:
+    """Token ranges that the request gives as such."""
+    alphas = emphasis.alphas or (1.0,) * len(emphasis.spans)
+    return tuple(zip(emphasis.spans, alphas, strict=True))
+
+
+def _in_text(reading: Reading, clean: str | None) -> list[tuple[int, int, str, float]]:
+    """Marks that were read in a prompt that is no conversation, in ``clean``, which may be a part
+    of what was read: vLLM cuts very long text before it tokenises."""
+    marks = reading.marks.get(WHOLE, ())
+    if not marks or reading.text is None or clean is None:
+        return []
+    gone = 0 if reading.text.startswith(clean) else len(reading.text) - len(clean)
+    field = "emphasis.markup"
+    if any(a < gone or b > gone + len(clean) for (a, b), _ in marks):
+        raise EmphasisError("the prompt was truncated where it is marked", field=field)
+    return [(a - gone, b - gone, field, alpha) for (a, b), alpha in marks]

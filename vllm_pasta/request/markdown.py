@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-
 MAX_DEPTH = 100
 """Quotes and lists within each other; deeper ones are read as text."""
 
@@ -82,7 +81,7 @@ _TICKS = re.compile("`+")
 
 @lru_cache(maxsize=4096)
 def _kind(char: str) -> str:
-    """"space", "punctuation" or "word", as flanking runs see a character; "" is an edge."""
+    """ "space", "punctuation" or "word", as flanking runs see a character; "" is an edge."""
     category = unicodedata.category(char) if char else "Zs"
     if category == "Zs" or char in "\t\n\f\r":
         return "space"
@@ -332,7 +331,7 @@ class _Blocks:
         self.containers: list[_Container] = []
         self.paragraph: list[tuple[int, int]] = []
         self.fence = ""  # the open fenced block's marks
-        self.html: re.Pattern[str] | None | bool = False  # the open block of HTML's end
+        self.html: re.Pattern[str] | bool | None = False  # the open block of HTML's end
         self.ready: list[list[tuple[int, int]]] = []
 
     def inline_blocks(self) -> Iterator[list[tuple[int, int]]]:

@@ -8,8 +8,11 @@ A mark names a place (the whole prompt, one chat message, every message of a rol
     {"message": 0, "chars": [3, 9]}
     {"message": -1, "text": "JSON"}
     {"role": "system"}
+
+and, as an object, with a strength of its own: ``{"text": "JSON", "alpha": 0.1}``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +32,7 @@ class Mark:
         chars: Half-open character range.
         message: Index of a chat message, negative from the end; None means the whole prompt.
         role: Every chat message of this role.
+        alpha: Factor of the marked tokens; 1 is full strength.
         field: What the user called it, for messages; not part of its identity.
     """
 
@@ -37,6 +41,7 @@ class Mark:
     chars: tuple[int, int] | None = None
     message: int | None = None
     role: str | None = None
+    alpha: float = 1.0
     field: str = field(default="emphasis", compare=False)
 
     @property
@@ -116,7 +121,7 @@ def parse_range(value: Any, where: str, unit: str) -> tuple[int, int]:
 
 
 def _mark(value: Any, where: str) -> Mark:
-    known = ("text", "occurrence", "chars", "message", "role")
+    known = ("text", "occurrence", "chars", "message", "role", "alpha")
     if not isinstance(value, Mapping):
         raise EmphasisError(
             f"expected a string or an object of {', '.join(known)}; got {show(value)}", field=where
@@ -126,8 +131,8 @@ def _mark(value: Any, where: str) -> Mark:
             f"unknown field {show(unknown[0])}; known are {', '.join(known)}", field=where
         )
     given = {key: item for key, item in value.items() if item is not None}
-    if not given:
-        raise EmphasisError(f"expected one of {', '.join(known)}, got none", field=where)
+    if not given.keys() - {"alpha", "occurrence"}:
+        raise EmphasisError("expected one of text, chars, message, role, got none", field=where)
     for one, other in (("text", "chars"), ("message", "role")):
         if one in given and other in given:
             raise EmphasisError(f"expected {one} or {other}, got both", field=where)
@@ -146,8 +151,62 @@ def _mark(value: Any, where: str) -> Mark:
         ),
         message=message,
         role=role,
+        alpha=_alpha(given.get("alpha", 1.0), f"{where}.alpha"),
         field=where,
     )
+
+
+def parse_spans(value: Any, where: str) -> tuple[tuple[tuple[int, int], float], ...]:
+    """A list of token ranges ``[start, end]``, or ``{"tokens": [start, end], "alpha": …}``.
+
+    Returns:
+        Each range with its factor.
+
+    Raises:
+        EmphasisError: names the item.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise EmphasisError(f"expected [[start, end], …], got {show(value)}", field=where)
+    return tuple(_span(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _span(value: Any, where: str) -> tuple[tuple[int, int], float]:
+    if not isinstance(value, Mapping):
+        return parse_range(value, where, "token"), 1.0
+    if unknown := [key for key in value if key not in ("tokens", "alpha")]:
+        raise EmphasisError(
+            f"unknown field {show(unknown[0])}; known are tokens, alpha", field=where
+        )
+    alpha = value.get("alpha")
+    return (
+        parse_range(value.get("tokens"), f"{where}.tokens", "token"),
+        _alpha(1.0 if alpha is None else alpha, f"{where}.alpha"),
+    )
+
+
+def parse_alpha(value: Any) -> float:
+    """A scale factor.
+
+    Raises:
+        ValueError: not a number, not finite, or not above 0.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            alpha = float(value)
+        except OverflowError:
+            alpha = math.inf
+        if math.isfinite(alpha) and alpha > 0:
+            return alpha
+    raise ValueError(f"expected a finite number above 0, got {show(value)}")
+
+
+def _alpha(value: Any, where: str) -> float:
+    try:
+        return parse_alpha(value)
+    except ValueError as e:
+        raise EmphasisError(str(e), field=where) from None
 
 
 def _words(value: Any, where: str) -> str:

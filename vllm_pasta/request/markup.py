@@ -1,14 +1,18 @@
-"""Marks written into the text itself: ``<emphasis>…</emphasis>``, or Markdown's ``**bold**``.
+"""Marks written into the text itself.
 
-Tags. Removed before the model sees the text. They nest (the union counts) and must balance. A
-backslash before a tag takes its meaning away, and is removed. A tag is written exactly, without
-spaces or attributes; anything else, ``<emphasis foo>`` say, is text.
+**Tags** (``"tag"``): ``<emphasis>…</emphasis>``, or ``<emphasis alpha="0.1">…</emphasis>`` with a
+strength of its own. They are removed before the model sees the text. They nest (where they overlap
+the strongest counts) and must balance. A backslash before a tag takes its meaning away, and is
+removed. Anything that is not written exactly so, ``<emphasis foo>`` say, is text.
 
-Markdown. ``**bold**`` and ``__bold__`` as CommonMark reads them, in the common cases: no white
-space just inside, no empty line within, ``__`` not inside a word, nothing inside code spans and
-fenced code; a mark closes the nearest that is open. What is not balanced is text. A backslash
-before a star or underscore takes its meaning away. The stars stay or go, as the user chooses;
-backslashes go with them.
+**Markdown** (``"markdown"``): what CommonMark calls strong emphasis, ``**bold**`` and ``__bold__``:
+within one paragraph or heading, not in code and HTML. What is not balanced is text.
+
+**Stars** (``"stars"``): every ``**`` is a bracket, whatever stands around it: the first opens, the
+next closes, over paragraphs, lists and code. They must balance; ``\\**`` is text. For prompts whose
+every ``**`` is a mark, as those of SEKA's benchmarks.
+
+In both the stars stay or go, as the user chooses; backslashes go with them.
 """
 
 import re
@@ -17,106 +21,128 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from vllm_pasta.errors import EmphasisError
+from vllm_pasta.request import markdown
+from vllm_pasta.request.marks import parse_alpha
 
 Range = tuple[int, int]
+
+MARKUPS = ("tag", "markdown", "stars", "off")
+
+ROLES = ("system", "developer", "user")
+"""Roles whose messages are read for markup, unless the operator says otherwise. An assistant's
+answer and a tool's result are other people's words: a web page must not steer the model."""
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Text as the model shall see it, and the marked character ranges in it."""
+    """Text as the model shall see it, and the marked character ranges in it.
+
+    Attributes:
+        text: The text.
+        ranges: Half-open, sorted.
+        alphas: A factor for each range; empty where all are 1, full strength.
+    """
 
     text: str
     ranges: tuple[Range, ...]
+    alphas: tuple[float, ...] = ()
+
+    @property
+    def marks(self) -> list[tuple[Range, float]]:
+        """Each range with its factor."""
+        return list(zip(self.ranges, self.alphas or (1.0,) * len(self.ranges), strict=True))
 
 
 def read_tags(text: str, tag: str = "emphasis") -> Marked:
     """Takes tag markup out of ``text``.
 
     Raises:
-        EmphasisError: a tag without its partner, or nothing between the two; shows the place.
+        EmphasisError: a tag without its partner, nothing between the two, or an ``alpha`` that is
+            no factor; shows the place.
     """
-    pattern = re.compile(rf"(\\?)<(/?){re.escape(tag)}>")
+    name = re.escape(tag)
+    pattern = re.compile(
+        rf"(?P<escape>\\?)(?:(?P<close></{name}>)"
+        rf"|<{name}(?:\s+alpha\s*=\s*(?P<alpha>\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))?>)"
+    )
     parts: list[str] = []
-    ranges: list[Range] = []
-    open_at: list[tuple[int, int]] = []  # (position in the result, position in text)
+    found: list[tuple[Range, float]] = []
+    open_at: list[tuple[int, re.Match[str]]] = []  # (position in the result, the tag)
     length = last = words_end = 0  # words_end: where the result's last word ends
     for match in pattern.finditer(text):
         kept = text[last : match.start()]
-        if match[1]:  # escaped: the tag stays, its backslash goes
+        if match["escape"]:  # the tag stays, its backslash goes
             kept += match[0][1:]
         parts.append(kept)
         if kept.strip():
             words_end = length + len(kept.rstrip())
         length += len(kept)
         last = match.end()
-        if match[1]:
+        if match["escape"]:
             continue
-        if not match[2]:
-            open_at.append((length, match.start()))
+        if not match["close"]:
+            open_at.append((length, match))
         elif not open_at:
-            raise _unbalanced(text, match.start(), f"</{tag}>", f"<{tag}>", tag)
+            raise _unbalanced(text, match, f"<{tag}>", tag)
         else:
-            start, at = open_at.pop()
+            start, opening = open_at.pop()
             if words_end <= start:
                 raise EmphasisError(
-                    f"nothing but white space between the tags at {_place(text, at)}",
+                    f"nothing but white space between the tags at {_place(text, opening.start())}",
                     field="markup",
                 )
-            ranges.append((start, length))
+            found.append(((start, length), _alpha(opening, text)))
     if open_at:
-        raise _unbalanced(text, open_at[-1][1], f"<{tag}>", f"</{tag}>", tag)
+        raise _unbalanced(text, open_at[-1][1], f"</{tag}>", tag)
     parts.append(text[last:])
-    return Marked("".join(parts), tuple(sorted(ranges)))
-
-
-_TICKS = re.compile("`+")
-_PIECE = re.compile(
-    r"(?P<fence>^(```+|~~~+).*?(?:^\2|\Z))|(?P<ticks>`+)|(?P<escape>\\)[*_]|\\[^\n]"
-    r"|(?P<blank>\n\s*\n)|(?P<mark>\*{2,}|(?<!_)__(?!_))",
-    re.DOTALL | re.MULTILINE,
-)
+    return _marked("".join(parts), found)
 
 
 def read_markdown(text: str, *, keep: bool) -> Marked:
-    """Finds Markdown bold in ``text``, in time linear in its length.
+    """Finds Markdown's strong emphasis in ``text``, in time linear in its length.
 
     Args:
         text: The text.
         keep: Whether stars and backslashes stay, which leaves the text untouched.
     """
-    ranges: list[Range] = []
-    cuts: list[Range] = []  # marks and their backslashes: what goes, unless kept
-    openers: dict[str, list[int]] = {"**": [], "__": []}  # where marks start that are open
-    ticks: dict[int, list[int]] = {}  # where runs of so many backticks start
-    for run in _TICKS.finditer(text):
-        ticks.setdefault(len(run[0]), []).append(run.start())
-    position = 0
-    while match := _PIECE.search(text, position):
-        position = match.end()
-        if match["ticks"]:  # code up to the next run that is as long, if there is one
-            same = ticks.get(len(match["ticks"]), [])
-            if (next_run := bisect_left(same, position)) < len(same):
-                position = same[next_run] + len(match["ticks"])
-        elif match["escape"]:
-            cuts.append(match.span("escape"))
-        elif match["blank"]:
-            openers = {"**": [], "__": []}  # bold ends with its paragraph
-        elif match["mark"]:
-            (start, end), kind = match.span(), match[0][:2]
-            before, after = text[start - 1 : start], text[end : end + 1]
-            in_word = kind == "__"  # which does not count there
-            if openers[kind] and before.strip() and not (in_word and after.isalnum()):
-                at = openers[kind].pop()
-                for places in openers.values():  # what was opened within and not closed is text
-                    while places and places[-1] > at:
-                        places.pop()
-                ranges.append((at + 2, start))
-                cuts += [(at, at + 2), (start, start + 2)]
-                start += 2
-            if end - start >= 2 and after.strip() and not (in_word and before.isalnum()):
-                openers[kind].append(end - 2)
-    ranges.sort()
-    return _without(text, ranges, sorted(cuts)) if ranges and not keep else Marked(text, (*ranges,))
+    read = markdown.parse(text)
+    ranges = [(strong.start, strong.end) for strong in read.strong]
+    if keep or not ranges:
+        return Marked(text, tuple(ranges))
+    cuts = [(at, at + 1) for at in read.escapes]
+    for strong in read.strong:
+        cuts += [(strong.open, strong.start), (strong.end, strong.close)]
+    return _without(text, ranges, sorted(cuts))
+
+
+def read_stars(text: str, *, keep: bool) -> Marked:
+    """Finds what stands between each ``**`` and the next, wherever they are.
+
+    Raises:
+        EmphasisError: an odd number of them, or nothing between two; shows the place.
+    """
+    at, cuts = [], []
+    for match in re.finditer(r"(\\?)\*\*", text):
+        if match[1]:
+            cuts.append((match.start(), match.start() + 1))
+        else:
+            at.append(match.start())
+    if len(at) % 2:
+        raise EmphasisError(
+            f"** at {_place(text, at[-1])} opens and is not closed: with markup stars every ** is "
+            "a mark; write \\** where stars are meant as text",
+            field="markup",
+        )
+    ranges = [(a + 2, b) for a, b in zip(at[::2], at[1::2], strict=True)]
+    for start, end in ranges:
+        if not text[start:end].strip():
+            raise EmphasisError(
+                f"nothing but white space between the stars at {_place(text, start - 2)}",
+                field="markup",
+            )
+    if keep or not ranges:
+        return Marked(text, tuple(ranges))
+    return _without(text, ranges, sorted([*cuts, *((a, a + 2) for a in at)]))
 
 
 def _without(text: str, ranges: list[Range], cuts: list[Range]) -> Marked:
@@ -138,33 +164,149 @@ class Markup:
     """Which markup to read.
 
     Attributes:
-        kind: "tag", "markdown" or "off".
+        kind: "tag", "markdown", "stars" or "off".
         tag: The tag's name.
-        keep_marks: Whether Markdown's stars stay.
+        keep_marks: Whether stars stay.
+        roles: Roles of a chat whose messages are read; those of others are text.
     """
 
     kind: str = "off"
     tag: str = "emphasis"
     keep_marks: bool = True
+    roles: tuple[str, ...] = ROLES
 
     def may_be_in(self, text: str) -> bool:
-        """Whether it is worth reading: cheap, and right where it says no."""
+        """Quick check: False means that ``text`` holds no markup, True that it may."""
         if self.kind == "tag":
-            return f"{self.tag}>" in text
-        return self.kind == "markdown" and ("**" in text or "__" in text)
+            return f"<{self.tag}" in text or f"</{self.tag}>" in text
+        if self.kind == "markdown":
+            return "**" in text or "__" in text
+        return self.kind == "stars" and "**" in text
 
     def read(self, text: str) -> Marked:
+        """The text as the model shall see it, and its marks.
+
+        Raises:
+            EmphasisError: the markup is malformed; shows the place.
+        """
         if self.kind == "tag":
             return read_tags(text, self.tag)
         if self.kind == "markdown":
             return read_markdown(text, keep=self.keep_marks)
+        if self.kind == "stars":
+            return read_stars(text, keep=self.keep_marks)
         return Marked(text, ())
 
+    def missed(self, text: str) -> str | None:
+        """Why a text in which `read` finds nothing is likely to be meant otherwise.
 
-def _unbalanced(text: str, at: int, found: str, missing: str, tag: str) -> EmphasisError:
+        Returns:
+            A sentence that shows the first mark that someone seems to have written and why it
+            does not count; None where there is none.
+        """
+        if self.kind == "tag":
+            near = _near_tag(text, self.tag)
+            return near and f"{near[0]} at {_place(text, near.start())} {_exactly(self.tag)}"
+        return _missed_bold(text) if self.kind == "markdown" else None
+
+
+def _near_tag(text: str, tag: str) -> re.Match[str] | None:
+    """What looks like the tag and is not it, first in ``text``."""
+    name = re.escape(tag)
+    near = re.compile(rf"(?<!\\)(?:<\s*/?\s*{name}\b[^<>]*>|&lt;/?{name}&gt;)", re.IGNORECASE)
+    exact = re.compile(rf"</?{name}>|<{name}\s+alpha\s*=\s*[^<>]*>")
+    return next((m for m in near.finditer(text) if not exact.fullmatch(m[0])), None)
+
+
+def _exactly(tag: str) -> str:
+    return f'is not a tag here: write <{tag}>…</{tag}>, or <{tag} alpha="0.1">…</{tag}>, exactly so'
+
+
+_BOLD = re.compile(r"(?<!\\)(?:\*\*+|(?<!_)__(?!_))")
+_UNPACKED = re.compile(r"[(,]\s*\*\*\w")
+
+
+def _missed_bold(text: str) -> str | None:
+    """`Markup.missed` for Markdown in which nothing is strong.
+
+    Runs in code do not count, nor do lone ones that read as a program's (``f(**options)``,
+    ``2**3``): a run does that opens a word, at a line's start or after white space or a bracket.
+    """
+    read = markdown.parse(text)
+    code = sorted(read.code)
+    runs = []
+    for match in _BOLD.finditer(text):
+        i = bisect_left(code, (match.end(), 0)) - 1
+        if i < 0 or code[i][1] < match.end():
+            runs.append(match)
+    for i, run in enumerate(runs):
+        start, end = run.span()
+        before, after = text[start - 1 : start], text[end : end + 1]
+        line = text[text.rfind("\n", 0, start) + 1 : start]
+        opens_line = not line.strip(" \t>-+*0123456789.)#")
+        if not (opens_line or before.isspace() or before in "([{\"'“‘«"):
+            continue
+        later = (r for r in runs[i + 1 :] if r[0][0] == run[0][0])
+        closing = next((r for r in later if _closes(text, r)), None)
+        shown = f"{run[0][:2]} at {_place(text, start)}"
+        if not after.strip():
+            if opens_line and after and closing is None and len(runs) > i + 1:
+                return f"{shown} opens nothing, since white space follows it"
+            continue
+        if any(a <= start < b for a, b in read.html):
+            return (
+                f"{shown} is in HTML, which Markdown leaves as it is; leave a line empty after the "
+                "HTML tag"
+            )
+        if closing is not None:
+            if re.search(r"\n[ \t]*\r?\n", text[end : closing.start()]):
+                return (
+                    f"{shown} is closed in another paragraph, and Markdown's bold ends with its "
+                    'paragraph; mark each paragraph, or send "markup": "stars", in which every ** '
+                    "is a mark"
+                )
+            return f"{shown} is not closed within its paragraph, list item or heading"
+        if not _UNPACKED.search(text[max(0, start - 20) : end + 1]):
+            return f"{shown} is never closed"
+    return None
+
+
+def _closes(text: str, run: re.Match[str]) -> bool:
+    before, after = text[run.start() - 1 : run.start()], text[run.end() : run.end() + 1]
+    return bool(before.strip()) and not (after.isalnum() or (after and after in "([{<\"'"))
+
+
+def _marked(text: str, found: list[tuple[Range, float]]) -> Marked:
+    found.sort()
+    alphas = tuple(alpha for _, alpha in found)
+    return Marked(
+        text,
+        tuple(place for place, _ in found),
+        () if all(alpha == 1.0 for alpha in alphas) else alphas,
+    )
+
+
+def _alpha(opening: re.Match[str], text: str) -> float:
+    if opening["alpha"] is None:
+        return 1.0
+    written = opening["alpha"].strip("\"'")
+    try:
+        return parse_alpha(float(written))
+    except ValueError:
+        raise EmphasisError(
+            f"alpha: expected a finite number above 0 in the tag at "
+            f"{_place(text, opening.start())}, got {written!r:.80}",
+            field="markup",
+        ) from None
+
+
+def _unbalanced(text: str, match: re.Match[str], missing: str, tag: str) -> EmphasisError:
+    near = _near_tag(text, tag)
     return EmphasisError(
-        f"{found} at {_place(text, at)} has no {missing}; write \\<{tag}> where the tag is meant "
-        "as text",
+        f"{match[0]} at {_place(text, match.start())} has no {missing}"
+        + (f"; {near[0]} at character {near.start()} {_exactly(tag)}" if near else "")
+        + f'; write \\{match[0]} where the tag is meant as text, or send "markup": "off" where '
+        "all of it is",
         field="markup",
     )
 

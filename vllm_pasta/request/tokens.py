@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 
 from vllm_pasta.errors import EmphasisError
-from vllm_pasta.request.marks import Occurrence
-from vllm_pasta.request.resolution import Span, check_count
+from vllm_pasta.request.resolution import Span
 
 Offsets = Sequence[tuple[int, int]]
 """Per token, the half-open range of characters that it stands for; empty for special tokens."""
@@ -54,69 +52,6 @@ class Tokenized:
         if not inside:
             raise EmphasisError("no token of the prompt stands for this text", field=field)
         return inside[0], inside[-1] + 1
-
-
-def find(
-    text: str,
-    needle: str,
-    occurrence: Occurrence = 0,
-    window: tuple[int, int] | None = None,
-    field: str = "emphasis.text",
-) -> list[tuple[int, int]]:
-    """Character ranges of ``needle`` in ``text``; occurrences do not overlap.
-
-    Args:
-        text: Where to look.
-        needle: What for, letter for letter.
-        occurrence: Which one, from 0; or "last", or "all".
-        window: Only within this range of ``text``.
-        field: For the message.
-
-    Raises:
-        EmphasisError: not there (shows where it comes closest), not as often, or too often.
-    """
-    begin, end = window or (0, len(text))
-    count = text.count(needle, begin, end)
-    if not count:
-        hint = closest(text[begin:end], needle)
-        raise EmphasisError(
-            f"{_quote(needle)} is not in the prompt"
-            + (f"; closest is {_quote(hint)}" if hint else "")
-            + ". The prompt is searched as the model sees it, after the chat template, "
-            "letter for letter",
-            field=field,
-        )
-    if isinstance(occurrence, int) and occurrence >= count:
-        raise EmphasisError(
-            f"{_quote(needle)} occurs {count} times, so occurrence (from 0) is at most "
-            f"{count - 1}, got {occurrence}",
-            field=field,
-        )
-    if occurrence == "all":
-        check_count(count)
-    last = count - 1 if isinstance(occurrence, str) else occurrence
-    starts = [text.find(needle, begin, end)]
-    while len(starts) <= last:
-        starts.append(text.find(needle, starts[-1] + len(needle), end))
-    if occurrence != "all":
-        starts = starts[-1:]
-    return [(start, start + len(needle)) for start in starts]
-
-
-def closest(prompt: str, text: str, *, limit: int = 20_000) -> str:
-    """The part of ``prompt`` most like ``text``, or an empty string.
-
-    The longest common run fixes the place; the part has the length of ``text`` around it. Only
-    the first ``limit`` characters of the prompt and 200 of the text are compared.
-    """
-    prompt, text = prompt[:limit], text[:200]
-    match = SequenceMatcher(
-        None, prompt.casefold(), text.casefold(), autojunk=False
-    ).find_longest_match()
-    if match.size < min(3, len(text)):
-        return ""
-    start = max(0, match.a - match.b)
-    return prompt[start : start + len(text)].strip()
 
 
 def align(
@@ -177,7 +112,3 @@ def decoded(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> Tok
             text += chunk
             prefix, read = read, i + 1
     return Tokenized(text, offsets, (0, len(text)))
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= 120 else f"{text[:117]}…")

@@ -9,18 +9,19 @@ An ASGI middleware, added through vLLM's own ``--middleware``:
 """
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.integration.frontend import metrics
-from vllm_pasta.request.emphasis import RETURN_KEY, is_ours
+from vllm_pasta.request.emphasis import REFUSED_KEY, RETURN_KEY, is_ours
 from vllm_pasta.request.resolution import KEY
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 PATHS = (
     *(
@@ -32,42 +33,72 @@ PATHS = (
 )
 """Endpoints whose request models have ``vllm_xargs``."""
 
-OURS = "/v1/emphasis/"
-"""Our own routes read bodies themselves."""
+GENERATE = "/inference/v1/generate"
+"""Takes vLLM's sampling params as they are; ``sampling_params.extra_args`` carries emphasis."""
 
-HEADER = b"x-emphasis"
+OURS = "/v1/emphasis/"
+"""The plugin's own routes read bodies themselves."""
+
+HEADER = "x-emphasis"
 HEADER_LIMIT_BYTES = 6_000
 """Clients and proxies refuse headers from 8 KiB on; texts are shortened to fit."""
 
 
 class EmphasisMiddleware:
-    """See the module. Requests without either word in their body pass as they are."""
+    """A pure ASGI middleware, for streams and ContextVars pass through those alone.
 
-    def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]]) -> None:
+    vLLM adds what ``--middleware`` names around its own middlewares, its check of API keys among
+    them. This one puts itself inside all others, so that no body is read before the door.
+
+    Args:
+        app: What this one calls: the whole of the server, in layers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        outer: Any = None
+        inner: Any = app
+        while not isinstance(inner, ExceptionMiddleware) and hasattr(inner, "app"):
+            outer, inner = inner, inner.app
+        if isinstance(inner, ExceptionMiddleware) and outer is not None:
+            outer.app = _Rewriting(inner)
+        else:
+            self.app = _Rewriting(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+class _Rewriting:
+    """What `EmphasisMiddleware` does with a request. Bodies without its words pass as they are."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         # As Starlette finds its routes: below --root-path, if a proxy left that in the path.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         known = path in PATHS
-        if path.startswith(OURS) or not (known or _is_json(scope["headers"])):
+        if path.startswith(OURS) or not (
+            known or "json" in Headers(scope=scope).get("content-type", "").lower()
+        ):
             return await self.app(scope, receive, send)
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None  # the client is gone
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return None
         try:
             body, wanted = rewrite(body) if known else refuse(body, path)
         except EmphasisError as e:
             metrics.refused(e.field)
-            return await _refuse(send, e)
+            return await refusal(e)(scope, receive, send)
         entries: list[dict[str, Any]] | None = [] if wanted else None
-        scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
+        scope = {**scope, "headers": list(scope["headers"])}
+        headers = MutableHeaders(scope=scope)
+        del headers["transfer-encoding"]
+        headers["content-length"] = str(len(body))
         sent = False
 
         async def replay() -> Message:
@@ -79,7 +110,7 @@ class EmphasisMiddleware:
 
         async def send_with_header(message: Message) -> None:
             if message["type"] == "http.response.start" and entries:
-                message["headers"] = [*message.get("headers", ()), (HEADER, header(entries))]
+                MutableHeaders(scope=message)[HEADER] = header(entries)
             await send(message)
 
         token = metrics.report.set(entries)
@@ -90,7 +121,7 @@ class EmphasisMiddleware:
 
 
 def rewrite(body: bytes) -> tuple[bytes, bool]:
-    """Moves our top-level fields of a JSON body into ``vllm_xargs``.
+    """Moves the plugin's top-level fields of a JSON body into ``vllm_xargs``.
 
     Returns:
         The body, byte for byte where it has none, and whether the response shall say what was
@@ -102,18 +133,19 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
     request = _object(body)
     xargs = (request.get("vllm_xargs") or {}) if request else {}
     if not request or not isinstance(xargs, dict):
-        return body, False  # nothing of ours, or vLLM says what is wrong with it
+        return body, False  # nothing of the plugin's, or vLLM says what is wrong with it
     ours = [key for key in request if is_ours(key)]
-    if not ours and RETURN_KEY not in xargs:
+    changed = {key: _checked(value, key) for key, value in xargs.items()}
+    if not ours and RETURN_KEY not in xargs and changed == xargs:
         return body, False
-    changed = dict(xargs)
     for key in ours:
         value = request.pop(key)
-        if value is None:
+        if value is None and key != KEY:
             continue
-        if xargs.get(key) is not None:
+        if value is not None and xargs.get(key) is not None:
             raise EmphasisError("given twice, at the top level and in vllm_xargs", field=key)
-        changed[key] = _as_scalar(value, key)
+        if value is not None or key not in xargs:
+            changed[key] = _as_scalar(value, key)
     wanted = changed.pop(RETURN_KEY, None)
     if wanted is not None and (not isinstance(wanted, bool | int) or wanted not in (0, 1)):
         raise EmphasisError(f"expected true or false, got {show(wanted)}", field=RETURN_KEY)
@@ -125,30 +157,59 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
 def rewrite_batch_line(line: str | bytes) -> str | bytes:
     """The same for a line of a batch file (``vllm run-batch``), whose ``body`` is a request's.
 
-    Raises:
-        EmphasisError: as `rewrite`.
+    A line that is refused must not end the whole batch: it goes on without emphasis but with what
+    is wrong with it, which `Admission` raises.
     """
     request = _object(line.encode() if isinstance(line, str) else line)
     if request is None or not isinstance(request.get("body"), dict):
         return line
-    body, _ = rewrite(dumps(request["body"]).encode())
-    return dumps({**request, "body": json.loads(body)})
+    body: dict[str, Any] = request["body"]
+    try:
+        rewritten, wanted = rewrite(dumps(body).encode())
+        if wanted:
+            raise EmphasisError(
+                "the report is a header of an HTTP response, which a batch's line has not; "
+                "POST /v1/emphasis/resolve gives it",
+                field=RETURN_KEY,
+            )
+        return dumps({**request, "body": json.loads(rewritten)})
+    except EmphasisError as e:
+        plain = {key: value for key, value in body.items() if not is_ours(key)}
+        xargs = {k: v for k, v in (body.get("vllm_xargs") or {}).items() if not is_ours(k)}
+        return json.dumps({**request, "body": {**plain, "vllm_xargs": {**xargs, REFUSED_KEY: str(e)}}})
 
 
 def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
-    """Lets a body without our fields pass, to an endpoint that would drop them.
+    """Lets a body without the plugin's fields pass, to an endpoint that would drop them.
 
     Raises:
         EmphasisError: it has one.
     """
     request = _object(body) or {}
-    xargs = request.get("vllm_xargs")
-    for fields in (request, xargs if isinstance(xargs, dict) else {}):
-        if any(is_ours(key) and value is not None for key, value in fields.items()):
+    for name in ("", "vllm_xargs", "sampling_params"):
+        fields = request.get(name) if name else request
+        if not isinstance(fields, dict):
+            continue
+        if any(is_ours(key) and value not in (None, False) for key, value in fields.items()):
             raise EmphasisError(
-                f"{show(path)} takes no emphasis here; these do: {', '.join(PATHS)}", field=KEY
+                (f"{path} takes none in {name or 'the body'}; give it in sampling_params.extra_args")
+                if path == GENERATE
+                else f"{show(path)} takes no emphasis here; these do: {', '.join(PATHS)}",
+                field=KEY,
             )
     return body, False
+
+
+def refusal(error: EmphasisError) -> JSONResponse:
+    """HTTP 400 in the shape of vLLM's own errors."""
+    status = HTTPStatus.BAD_REQUEST
+    detail = {
+        "message": str(error),
+        "type": "BadRequestError",
+        "param": error.field,
+        "code": status.value,
+    }
+    return JSONResponse({"error": detail}, status_code=status)
 
 
 def _object(body: bytes) -> dict[str, Any] | None:
@@ -175,7 +236,7 @@ def dumps(value: Any) -> str:
         raise EmphasisError("nested too deeply", field=KEY) from None
 
 
-def header(entries: list[dict[str, Any]]) -> bytes:
+def header(entries: list[dict[str, Any]]) -> str:
     """The report as ASCII JSON of at most `HEADER_LIMIT_BYTES`; says so if texts were cut."""
     longest = 10_000
     while True:
@@ -191,19 +252,30 @@ def header(entries: list[dict[str, Any]]) -> bytes:
             }
             for entry in entries
         ]
-        text = json.dumps(cut).encode()
+        text = json.dumps(cut)
         if len(text) <= HEADER_LIMIT_BYTES:
             return text
         if longest == 0:
             count = sum(len(entry["emphasised"]) for entry in entries)
-            return json.dumps({"error": f"too long for a header: {count} ranges"}).encode()
+            return json.dumps({"error": f"too long for a header: {count} ranges"})
         longest //= 2
 
 
+OFF = '{"markup": "off"}'
+"""The form of "no emphasis" that ``vllm_xargs`` can carry."""
+
+
 def _as_scalar(value: Any, key: str) -> Any:
-    """What ``vllm_xargs`` can carry: scalars as they are, anything else as a JSON object."""
+    """What ``vllm_xargs`` can carry: scalars as they are, anything else as a JSON object.
+
+    A string at the top level is text, also where it looks like JSON; in a list it stays text.
+    """
     if key == RETURN_KEY:
         return value
+    if key == KEY and (value is None or value is False or value == {}):
+        return OFF
+    if key == KEY and isinstance(value, str) and value.lstrip().startswith("{"):
+        return [value]
     if isinstance(value, dict):
         return dumps(value)
     if isinstance(value, list) and not all(isinstance(item, str) for item in value):
@@ -213,26 +285,18 @@ def _as_scalar(value: Any, key: str) -> Any:
     return value
 
 
-def _is_json(headers: Any) -> bool:
-    return any(k.lower() == b"content-type" and b"json" in v.lower() for k, v in headers)
-
-
-def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    kept = [
-        (k, v) for k, v in headers if k.lower() not in (b"content-length", b"transfer-encoding")
-    ]
-    return [*kept, (b"content-length", str(length).encode())]
-
-
-async def _refuse(send: Send, error: EmphasisError) -> None:
-    """400 in the shape of vLLM's own errors."""
-    detail = {
-        "message": str(error),
-        "type": "BadRequestError",
-        "param": error.field,
-        "code": HTTPStatus.BAD_REQUEST.value,
-    }
-    body = json.dumps({"error": detail}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _checked(value: Any, key: str) -> Any:
+    """A value that came in ``vllm_xargs``: vLLM's own model takes scalars and flat lists there."""
+    if not is_ours(key) or key == RETURN_KEY:
+        return value
+    if key == KEY and (value is None or value is False or value == {}):
+        return OFF
+    if isinstance(value, dict) or (
+        isinstance(value, list) and not all(isinstance(item, str | int | float) for item in value)
+    ):
+        raise EmphasisError(
+            "vllm_xargs carries scalars and flat lists: give an object at the top level of the "
+            f'body, as "{key}": {{…}}, or as a JSON string here',
+            field=f"vllm_xargs.{key}",
+        )
+    return value

@@ -1,0 +1,160 @@
+"""Finds a text in a prompt, and says what keeps it from being found.
+
+Texts that are canonically equivalent (an é in one or in two characters) are the same text to a
+reader, so they are found. Others that look alike (no-break spaces, curly quotes, line ends) are
+other tokens; a message names the difference.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterator
+from difflib import SequenceMatcher
+
+from vllm_pasta.errors import EmphasisError
+from vllm_pasta.request.marks import Occurrence
+from vllm_pasta.request.resolution import check_count
+
+_QUOTES = str.maketrans({**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟″«»", '"')})
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-"))
+
+
+def find(
+    text: str,
+    needle: str,
+    occurrence: Occurrence = 0,
+    window: tuple[int, int] | None = None,
+    field: str = "emphasis.text",
+) -> list[tuple[int, int]]:
+    """Character ranges of ``needle`` in ``text``; occurrences do not overlap.
+
+    Args:
+        text: Where to look.
+        needle: What for, letter for letter, but for canonical equivalence.
+        occurrence: Which one, from 0; or "last", or "all".
+        window: Only within this range of ``text``.
+        field: For the message.
+
+    Raises:
+        EmphasisError: not there (shows what differs, or where it comes closest), not as often, or
+            too often.
+    """
+    begin, end = window or (0, len(text))
+    ranges = [] if _is_stable(text, needle) else list(_equivalent(text[begin:end], needle))
+    count = len(ranges) or text.count(needle, begin, end)
+    if not count:
+        raise EmphasisError(
+            f"{_quote(needle)} is not in the prompt{_hint(text[begin:end], needle)}"
+            ". The prompt is searched as the model sees it, after the chat template, "
+            "letter for letter",
+            field=field,
+        )
+    if isinstance(occurrence, int) and occurrence >= count:
+        raise EmphasisError(
+            f"{_quote(needle)} occurs {count} times, so occurrence (from 0) is at most "
+            f"{count - 1}, got {occurrence}",
+            field=field,
+        )
+    if occurrence == "all":
+        check_count(count)
+    last = count - 1 if isinstance(occurrence, str) else occurrence
+    if ranges:
+        found = [(begin + a, begin + b) for a, b in ranges[: last + 1]]
+    else:
+        starts = [text.find(needle, begin, end)]
+        while len(starts) <= last:
+            starts.append(text.find(needle, starts[-1] + len(needle), end))
+        found = [(start, start + len(needle)) for start in starts]
+    return found if occurrence == "all" else found[-1:]
+
+
+def closest(prompt: str, text: str, *, limit: int = 20_000) -> str:
+    """The part of ``prompt`` most like ``text``, or an empty string.
+
+    The longest common run fixes the place; the part has the length of ``text`` around it. Only
+    the first ``limit`` characters of the prompt and 200 of the text are compared.
+    """
+    prompt, text = prompt[:limit], text[:200]
+    match = SequenceMatcher(
+        None, prompt.casefold(), text.casefold(), autojunk=False
+    ).find_longest_match()
+    if match.size < min(3, len(text)):
+        return ""
+    start = max(0, match.a - match.b)
+    return prompt[start : start + len(text)].strip()
+
+
+def _is_stable(text: str, needle: str) -> bool:
+    """Whether equivalent texts are equal here."""
+    return all(t.isascii() or unicodedata.is_normalized("NFC", t) for t in (text, needle))
+
+
+def _folded(text: str, fold: Callable[[str], str]) -> tuple[str, list[int]]:
+    """``text`` folded piece by piece, and where in ``text`` each character's piece begins.
+
+    A piece is a character and the combining ones after it.
+    """
+    starts = [i for i, char in enumerate(text) if not i or not unicodedata.combining(char)]
+    parts, places = [], []
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        parts.append(fold(text[start:end]))
+        places += [start] * len(parts[-1])
+    return "".join(parts), [*places, len(text)]
+
+
+def _equivalent(text: str, needle: str) -> Iterator[tuple[int, int]]:
+    """Ranges of ``text`` that are canonically equivalent to ``needle``, in whole characters."""
+    folded, places = _folded(text, lambda piece: unicodedata.normalize("NFD", piece))
+    wanted = unicodedata.normalize("NFD", needle)
+    at = folded.find(wanted)
+    while at >= 0:
+        end = at + len(wanted)
+        if (at == 0 or places[at] != places[at - 1]) and places[end] != places[end - 1]:
+            yield places[at], places[end]
+            at = folded.find(wanted, end)
+        else:
+            at = folded.find(wanted, at + 1)
+
+
+def _hint(text: str, needle: str) -> str:
+    for fold in (_looks, lambda piece: _looks(piece).casefold()):
+        folded, places = _folded(text[:100_000], fold)
+        folded, places = _joined(folded, places)
+        wanted = _joined(*_folded(needle, fold))[0].strip()
+        at = folded.find(wanted) if wanted else -1
+        if at >= 0:
+            found = text[places[at] : places[at + len(wanted)]]
+            return f"; the prompt has {_quote(found)}, which {_difference(needle.strip(), found)}"
+    nearest = closest(text, needle)
+    return f"; closest is {_quote(nearest)}" if nearest else ""
+
+
+def _looks(piece: str) -> str:
+    """What looks alike, alike: compatibility forms, quotes, dashes, white space, no zero width."""
+    piece = unicodedata.normalize("NFKC", piece.translate(_QUOTES).translate(_DASHES))
+    return "".join(
+        " " if char.isspace() else char for char in piece if unicodedata.category(char) != "Cf"
+    )
+
+
+def _joined(folded: str, places: list[int]) -> tuple[str, list[int]]:
+    """The same with runs of white space as one space."""
+    kept = [i for i, char in enumerate(folded) if char != " " or not i or folded[i - 1] != " "]
+    return "".join(folded[i] for i in kept), [*(places[i] for i in kept), places[-1]]
+
+
+def _difference(needle: str, found: str) -> str:
+    """How two texts that look alike differ first."""
+    both = zip(needle, found, strict=False)
+    at = next((i for i, (a, b) in enumerate(both) if a != b), min(len(needle), len(found)))
+    ours, theirs = (_name(text[at : at + 1]) for text in (needle, found))
+    return f"differs at character {at}: it has {theirs} where the text sent has {ours}"
+
+
+def _name(char: str) -> str:
+    if not char:
+        return "nothing more"
+    names = {"\n": "a line feed", "\r": "a carriage return", "\t": "a tab"}
+    return f"U+{ord(char):04X} ({names.get(char) or unicodedata.name(char, 'unnamed').lower()})"
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 120 else f"{text[:117]}…")
