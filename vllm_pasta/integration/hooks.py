@@ -6,14 +6,11 @@ installed vLLM has one, the run-time patches which it supersedes are left out
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration import registry
 from vllm_pasta.integration.frontend import flags
 from vllm_pasta.request.emphasis import WIRE_KEY
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 
 def register() -> None:
@@ -85,57 +82,13 @@ def batch_line(line: str | bytes) -> str | bytes:
     return rewrite_batch_line(line)
 
 
-def takes_custom_backend() -> bool:
-    """Whether this is a CPU platform that honours the attention backend CUSTOM, as with our diff,
-    on a vLLM where a plugin can select it."""
-    try:
-        from vllm.plugins.hooks import vllm_config  # noqa: F401
-    except ImportError:
-        return False
-    import torch
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.attention.selector import AttentionSelectorConfig
-
-    if not current_platform.is_cpu():
-        return False
-    config = AttentionSelectorConfig(128, torch.float32, None, None)
-    try:
-        path = current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, config)
-    except ValueError:  # nothing is registered as CUSTOM yet
-        return True
-    return bool(path != AttentionBackendEnum.CPU_ATTN.get_path())
-
-
-def select_backend(vllm_config: "VllmConfig") -> None:
-    """Selects the attention backend CUSTOM where emphasis is on, and ours is registered as that.
-
-    Raises:
-        UnsupportedError: another one was asked for.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    from vllm_pasta.integration.config import is_enabled
-    from vllm_pasta.integration.plugin import CPU_BACKEND
-
-    custom, attention = AttentionBackendEnum.CUSTOM, vllm_config.attention_config
-    ours = custom.is_overridden() and custom.get_path() == CPU_BACKEND
-    if not ours or not is_enabled(vllm_config):
-        return
-    if attention.backend not in (None, custom, AttentionBackendEnum.CPU_ATTN):
-        raise UnsupportedError(
-            f"emphasis needs the attention backend CUSTOM, this engine has {attention.backend.name}"
-        )
-    attention.backend = custom
-
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "admission": start_admission,
     "chat_rendered": keep_conversation,
     "block_hash_keys": block_hash_key,
     "cli_args": flags.add_flags,
     "cli_parsed": flags.apply_flags,
-    "vllm_config": select_backend,
+    "vllm_config": registry.select_backend,
     "kv_connector_class": connector_class,
     "step_outputs": count_rows,
     "batch_line": batch_line,

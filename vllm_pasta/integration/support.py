@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration.config import allows_gpu
-from vllm_pasta.integration.plugin import GPU_BACKENDS
+from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import upstream
-from vllm_pasta.integration.plugin import GPU_BACKENDS
+from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.worker import lse
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steer
 from vllm_pasta.integration.worker.rows import EmphasisRows
