@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pasta import Emphasis, EmphasisError
-from vllm_pasta.integration import upstream
+from vllm_pasta.integration import patching, plugin
 from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.frontend.middleware import (
     HEADER_LIMIT_BYTES,
@@ -73,8 +73,8 @@ def test_batch_file():
     assert after == {**line, "body": {"vllm_xargs": {"emphasis": '{"text": "a"}'}}}
     from vllm.entrypoints.launchers.run_batch import BatchRequestInput
 
-    upstream.apply()
-    upstream.apply_frontend()
+    plugin.register()
+    patching.apply_frontend()
     line["body"]["messages"] = [{"role": "user", "content": "a"}]
     request = BatchRequestInput.model_validate_json(json.dumps({**line, "method": "POST"}))
     assert request.body.to_sampling_params(1, {}).extra_args == {"emphasis": '{"text": "a"}'}

@@ -109,9 +109,9 @@ def test_switched_off():
     """With VLLM_PLUGINS= nothing of vLLM is changed."""
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"
-        "from vllm_pasta.integration import upstream;"
+        "from vllm_pasta.integration import patching;"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
-        "print(upstream.is_applied(), E.CPU_ATTN.is_overridden())"
+        "print(patching.is_applied(), E.CPU_ATTN.is_overridden())"
     )
     for plugins, answer in (("", "False False"), ("pasta", "True True"), ("other", "False False")):
         result = subprocess.run(

@@ -13,23 +13,12 @@ from vllm_pasta.integration.frontend import flags
 from vllm_pasta.request.emphasis import WIRE_KEY
 
 
-def register() -> None:
-    """Registers with every hook point of the installed vLLM. Idempotent."""
-    try:
-        from vllm.plugins import hooks
-    except ImportError:
-        return
-    for name, function in FUNCTIONS.items():
-        if hasattr(hooks, name):
-            getattr(hooks, name).register(function)
-
-
 def start_admission(input_processor: Any) -> Callable[..., Any]:
     """Makes a front end's `Admission`, which may refuse the engine; gives what admits a request."""
-    from vllm_pasta.integration import upstream
+    from vllm_pasta.integration import patching
     from vllm_pasta.integration.frontend.admission import Admission
 
-    upstream.apply_frontend()
+    patching.apply_frontend()
     admission = Admission(input_processor.vllm_config, lambda: input_processor.tokenizer)
     input_processor.pasta_admission = admission
     return admission.admit

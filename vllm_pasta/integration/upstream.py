@@ -1,11 +1,11 @@
 """Every change made to vLLM at run time. The ledger is patches/README.md; a test holds the two
 together, and another fails when upstream changes a target.
 
-Each patch wraps one function and calls the original. ``apply`` is idempotent. A patch is left out
-where the installed vLLM has what makes it superfluous (see ``hooks``).
+Each patch wraps one function and calls the original. A patch is left out where the installed vLLM
+has what makes it superfluous (see ``hooks``). `plugin.register` gives them to `patching.apply`.
 """
 
-from vllm_pasta.integration import hooks, wrappers
+from vllm_pasta.integration import wrappers
 from vllm_pasta.integration.frontend import beam_search
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.integration.worker import lse
@@ -171,34 +171,3 @@ PATCHES = (
         frontend=True,
     ),
 )
-
-_is_applied = False
-
-
-def apply() -> None:
-    """Registers with this vLLM's hook points, and applies the patches that every process needs."""
-    global _is_applied
-    hooks.register()
-    for patch in PATCHES:
-        if not patch.frontend and patch.backend is None:
-            patch.apply()
-    _is_applied = True
-
-
-def apply_frontend() -> None:
-    """Applies the patches that front ends need."""
-    for patch in PATCHES:
-        if patch.frontend:
-            patch.apply()
-
-
-def apply_backend(name: str) -> None:
-    """Applies the patches that a GPU attention backend needs."""
-    for patch in PATCHES:
-        if patch.backend == name:
-            patch.apply()
-
-
-def is_applied() -> bool:
-    """Whether `apply` was called in this process."""
-    return _is_applied

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import upstream
+from vllm_pasta.integration import patching
 from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.worker import lse
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steer
@@ -208,5 +208,5 @@ def __getattr__(name: str) -> type[AttentionBackend]:
     if name not in _made:
         module, _, class_name = AttentionBackendEnum[name].value.rpartition(".")
         _made[name] = steered_gpu_backend(getattr(importlib.import_module(module), class_name))
-        upstream.apply_backend(name)
+        patching.apply_backend(name)
     return _made[name]

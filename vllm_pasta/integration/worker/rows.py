@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration import patching
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis, has_emphasis
 from vllm_pasta.steering.plan import StaticPlan
@@ -212,9 +213,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuses emphasis where the plugin proper is switched off, so that none is ignored."""
-        from vllm_pasta.integration import upstream
-
-        if not upstream.is_applied() and has_emphasis(sampling_params.extra_args):
+        if not patching.is_applied() and has_emphasis(sampling_params.extra_args):
             raise ValueError(
                 "emphasis: vllm-pasta is installed but switched off here (VLLM_PLUGINS does not "
                 "name pasta), so this request would run unsteered"
