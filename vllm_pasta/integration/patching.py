@@ -7,6 +7,7 @@ are left out (``Patch.superseded_by``). Both ways end in the same functions.
 This module does not know what is attached: `plugin.register` gives the lists to `apply`.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -25,7 +26,7 @@ class Patch:
 
     Attributes:
         target: ``module:qualified.name``.
-        wrap: Original function to its replacement.
+        wrapper: Called in its place: with the original, then the arguments of the call.
         digests: SHA-256 of the original's source, first 12 characters; several, separated by
             spaces, where the supported vLLMs differ.
         superseded_by: What a vLLM has that does not need the patch, thanks to one of our diffs: a
@@ -36,7 +37,7 @@ class Patch:
     """
 
     target: str
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    wrapper: Callable[..., Any]
     digests: str
     superseded_by: str
     frontend: bool = False
@@ -69,7 +70,11 @@ class Patch:
             return
         owner, name = self._locate()
         static = inspect.getattr_static(owner, name)
-        wrapped = self.wrap(function)
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return self.wrapper(function, *args, **kwargs)
+
         setattr(wrapped, _MARK, function)
         kind = type(static) if isinstance(static, staticmethod | classmethod) else lambda f: f
         setattr(owner, name, kind(wrapped))

@@ -20,7 +20,7 @@ def register() -> None:
             f"vllm-pasta supports vLLM {', '.join(v + 'x' for v in SUPPORTED_VLLM)}, this is "
             f"{vllm.__version__}. Install a supported one, or set VLLM_PLUGINS= to start without"
         )
-    from vllm_pasta.integration import hooks, patching, registry, upstream
+    from vllm_pasta.integration import attach, patching, registry
 
     registry.register_backends()
-    patching.apply(upstream.PATCHES, hooks.FUNCTIONS)
+    patching.apply(attach.PATCHES, attach.HOOKS)

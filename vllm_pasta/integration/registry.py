@@ -72,3 +72,6 @@ def select_backend(vllm_config: "VllmConfig") -> None:
             f"emphasis needs the attention backend CUSTOM, this engine has {attention.backend.name}"
         )
     attention.backend = custom
+
+
+HOOKS = {"vllm_config": select_backend}
