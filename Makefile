@@ -10,7 +10,7 @@ VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
 PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check upstream bench heads clean
+.PHONY: help setup demo test check docs upstream bench heads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -61,10 +61,15 @@ heads: $(STAMP) ## find SmolLM2's heads for the paper's tasks, and the README's 
 		--methods $(BASELINES),all,layers:20-24,heads/counterfact-full.json \
 		--head-counts 1,3,8,12,20,50,100 --out heads/eval.jsonl --plots heads/eval.png
 
-check: $(STAMP) ## linters and type checker
+docs: $(STAMP) ## the documentation as a site, in build/site/index.html
+	$(VENV)/bin/pip install --quiet --no-deps --requirement requirements/docs.txt
+	$(VENV)/bin/properdocs build --strict --config-file properdocs.yml
+
+check: $(STAMP) ## linters, type checker, links of the documents
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 
 clean: ## remove .venv and everything built; the converted model stays in its cache folder
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

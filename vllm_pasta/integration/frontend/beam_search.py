@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.emphasis import WIRE_KEY
+from vllm_pasta.request.resolution import WIRE_KEY
 
 _admit: ContextVar[Callable[[Any], Any] | None] = ContextVar("admit", default=None)
 """Admits a prompt of the ``LLM.beam_search`` that is being called; its prompts are made within."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import Counter
 
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.emphasis import KEY, WIRE_KEY
+from vllm_pasta.request.resolution import KEY, WIRE_KEY
 
 if TYPE_CHECKING:
     from vllm_pasta.integration.frontend.admission import Resolution

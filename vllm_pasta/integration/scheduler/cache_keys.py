@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 
 TAG = "pasta"
 

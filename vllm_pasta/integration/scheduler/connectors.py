@@ -27,7 +27,7 @@ from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.integration.scheduler.cache_keys import TAG, carried_emphasis
-from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.resolution import ResolvedEmphasis
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig

@@ -32,7 +32,8 @@ from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import patching
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis, has_emphasis
+from vllm_pasta.request.emphasis import has_emphasis
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.steering.plan import StaticPlan
 from vllm_pasta.steering.slots import SteeringBuffers
 
