@@ -8,15 +8,12 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import Counter
 
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.resolution import KEY, WIRE_KEY
-
-if TYPE_CHECKING:
-    from vllm_pasta.integration.frontend.admission import Resolution
+from vllm_pasta.request.resolution import KEY, WIRE_KEY, Resolution
 
 
 class Counters:
@@ -55,7 +52,7 @@ report_entries: ContextVar[list[dict[str, Any]] | None] = ContextVar("report_ent
 the client did not ask for it."""
 
 
-def resolved(resolution: "Resolution", decode: Callable[[list[int]], str]) -> None:
+def resolved(resolution: Resolution, decode: Callable[[list[int]], str]) -> None:
     """Counts an admitted request, and reports it where that is asked for."""
     if not resolution.emphasis.is_plain:
         counters().steered.inc()
@@ -65,7 +62,7 @@ def resolved(resolution: "Resolution", decode: Callable[[list[int]], str]) -> No
         _append(entries, resolution, decode)
 
 
-def reported(resolution: "Resolution", decode: Callable[[list[int]], str]) -> None:
+def reported(resolution: Resolution, decode: Callable[[list[int]], str]) -> None:
     """Reports a request that will be admitted only after its response has begun."""
     entries = report_entries.get()
     if entries is not None:
@@ -74,7 +71,7 @@ def reported(resolution: "Resolution", decode: Callable[[list[int]], str]) -> No
 
 
 def _append(
-    entries: list[dict[str, Any]], resolution: "Resolution", decode: Callable[[list[int]], str]
+    entries: list[dict[str, Any]], resolution: Resolution, decode: Callable[[list[int]], str]
 ) -> None:
     entries.append({"prompt": len(entries), "emphasised": resolution.report(decode)})
 
