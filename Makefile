@@ -65,10 +65,11 @@ docs: $(STAMP) ## the documentation as a site, in build/site/index.html
 	$(VENV)/bin/pip install --quiet --no-deps --requirement requirements/docs.txt
 	$(VENV)/bin/properdocs build --strict --config-file properdocs.yml
 
-check: $(STAMP) ## linters, type checker, links of the documents
+check: $(STAMP) ## linters, type checker, import contracts, links of the documents
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 
 clean: ## remove .venv and everything built; the converted model stays in its cache folder

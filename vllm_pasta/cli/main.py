@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_pasta._version import __version__
+from vllm_pasta import __version__
 from vllm_pasta.cli import demo, eval, explain, profile
 from vllm_pasta.errors import PastaError
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_pasta._version import __version__
+from vllm_pasta import __version__
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.methods import Head, Method
 from vllm_pasta.profiling.prompts import Prompt, Prompter
