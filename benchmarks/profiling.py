@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 from benchmarks.throughput import describe, say
 from vllm_pasta.cli import smollm2
-from vllm_pasta.profiling.asker import Asker, emphasis, every_head, parse_options
+from vllm_pasta.profiling.asker import Asker, emphasis
+from vllm_pasta.profiling.engine import engine_options, every_head
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
 from vllm_pasta.profiling.prompts import Prompter
 from vllm_pasta.profiling.store import Store, Trial
@@ -48,7 +49,7 @@ def ours(options: argparse.Namespace, of: dict[Head, list[Trial]]) -> tuple[floa
 
         yield sys.stderr
 
-    engine = {**parse_options(None, eager=False), "dtype": options.dtype}
+    engine = engine_options({"dtype": options.dtype}, eager=False)
     with (
         tempfile.TemporaryDirectory() as folder,
         Asker(options.model, engine, store := Store(Path(folder) / "a", {}), session) as asker,
