@@ -10,7 +10,7 @@ VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
 PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check fast format upstream bench heads clean
+.PHONY: help setup demo test check fast format docs upstream bench heads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -40,10 +40,15 @@ heads: $(STAMP) ## find SmolLM2's heads for the paper's tasks (two hours; experi
 	$(VENV)/bin/pip install --quiet matplotlib
 	experiments/find_heads.sh $(VENV)/bin
 
-check: $(STAMP) ## linters, type checker and import rules
+docs: $(STAMP) ## the documentation as a site, in build/site/index.html
+	$(VENV)/bin/pip install --quiet --no-deps --requirement requirements/docs.txt
+	$(VENV)/bin/properdocs build --strict --config-file properdocs.yml
+
+check: $(STAMP) ## linters, type checker, import rules, links of the documents
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 
 fast: check ## the checks and the unit tests: before every commit
 	$(VENV)/bin/pytest -q tests/unit

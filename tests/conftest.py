@@ -17,9 +17,9 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 from models import byte_tokenizer, tiny_llama
-from oracle import Oracle
 
 from vllm_pasta.cli.smollm2 import model_path
+from vllm_pasta.verify.oracle import Oracle
 
 CORES = os.sched_getaffinity(0)
 

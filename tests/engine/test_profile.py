@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from models import worded_llama
-from oracle import Oracle, Steering
 
 from vllm_pasta import HeadSet, cli
 from vllm_pasta.errors import PastaError
@@ -18,6 +17,7 @@ from vllm_pasta.profiling.prompts import Prompter, demonstrations
 from vllm_pasta.profiling.ranking import Ranker
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Answer, Probe, load, sample
+from vllm_pasta.verify.oracle import Oracle, Steering
 
 EVERY = [(layer, head) for layer in range(4) for head in range(4)]
 PROBE = Probe("p", "one two ", "three four", " five", "six", "seven", ("six", "seven"))

@@ -10,9 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 from models import random_ids
-from oracle import Steering
 from prometheus_client.mmap_dict import MmapedDict
 from servers import SERVE, VLLM, metric, running
+
+from vllm_pasta.verify.oracle import Steering
 
 HEADS = {"1": [0, 1], "2": [3]}
 PROMPT = random_ids(60, 4)

@@ -18,7 +18,6 @@ import msgspec
 import pytest
 import zmq
 from models import random_ids
-from oracle import Steering
 from servers import SERVE, VLLM, free_port, metric, running
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
@@ -26,6 +25,7 @@ from vllm.distributed.kv_events import BlockStored, KVEventBatch
 
 from vllm_pasta import EmphasisError, HeadSet, ResolvedEmphasis, UnsupportedError
 from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.verify.oracle import Steering
 
 PROXY = Path(__file__).parents[2] / "examples" / "disaggregated" / "proxy.py"
 FACT = "Ann lives in Oslo"

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from oracle import Steering
 from servers import SERVE, VLLM, environment, metric, running
 from ways import CHAT_WAYS, TAGGED, USER, WAYS, chat, expected
+
+from vllm_pasta.verify.oracle import Steering
 
 PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives in"
 FACT = "Ann lives in Oslo"

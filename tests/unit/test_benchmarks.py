@@ -3,11 +3,11 @@
 import pytest
 import torch
 from models import random_ids
-from oracle import Steering
 
 from benchmarks import kernel_gpu
 from benchmarks.reference import Reference
 from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model
+from vllm_pasta.verify.oracle import Steering
 
 
 def test_reference_equals_oracle(tiny, tiny_oracle):
