@@ -32,11 +32,17 @@ def is_ours(key: Any) -> bool:
     return isinstance(key, str) and (key.startswith(KEY) or key == RETURN_KEY)
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether the value of the field ``emphasis`` asks that there be none: null, false or an
+    empty object."""
+    return value is None or value is False or (isinstance(value, Mapping) and not value)
+
+
 def has_emphasis(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether ``extra_args`` says anything about emphasis, well formed or not; that there be none
     of it (null, false, an empty object) is not asked for."""
     return extra_args is not None and any(
-        isinstance(key, str) and key.startswith(KEY) and not _is_nothing(value)
+        isinstance(key, str) and key.startswith(KEY) and not is_nothing(value)
         for key, value in extra_args.items()
     )
 
@@ -135,10 +141,6 @@ class Emphasis:
         )
 
 
-def _is_nothing(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, Mapping) and not value)
-
-
 def _of_prompt(value: Any, prompt: tuple[int, int] | None) -> Any:
     """The part of an emphasis that is for one prompt of a list."""
     if isinstance(value, str) and (parsed := _json_object(value)) is not None:
@@ -168,7 +170,7 @@ def _of_prompt(value: Any, prompt: tuple[int, int] | None) -> Any:
 
 def _fields(value: Any) -> dict[str, Any]:
     """The emphasis as a dict of known fields, whatever shape it came in."""
-    if _is_nothing(value):
+    if is_nothing(value):
         return {}
     hint = ""
     if isinstance(value, str) and (parsed := _json_object(value)) is not None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.integration.frontend import metrics
-from vllm_pasta.request.emphasis import REFUSED_KEY, RETURN_KEY, is_ours
+from vllm_pasta.request.emphasis import RETURN_KEY, is_nothing, is_ours
 from vllm_pasta.request.resolution import KEY
 
 PATHS = (
@@ -113,11 +113,11 @@ class _Rewriting:
                 MutableHeaders(scope=message)[HEADER] = header(entries)
             await send(message)
 
-        token = metrics.report.set(entries)
+        token = metrics.report_entries.set(entries)
         try:
             await self.app(scope, replay, send_with_header)
         finally:
-            metrics.report.reset(token)
+            metrics.report_entries.reset(token)
 
 
 def rewrite(body: bytes) -> tuple[bytes, bool]:
@@ -130,7 +130,7 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
     Raises:
         EmphasisError: a field is given twice, or is of a type that means nothing.
     """
-    request = _object(body)
+    request = read_object(body)
     xargs = (request.get("vllm_xargs") or {}) if request else {}
     if not request or not isinstance(xargs, dict):
         return body, False  # nothing of the plugin's, or vLLM says what is wrong with it
@@ -154,45 +154,20 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
     return dumps(request).encode(), bool(wanted)
 
 
-def rewrite_batch_line(line: str | bytes) -> str | bytes:
-    """The same for a line of a batch file (``vllm run-batch``), whose ``body`` is a request's.
-
-    A line that is refused must not end the whole batch: it goes on without emphasis but with what
-    is wrong with it, which `Admission` raises.
-    """
-    request = _object(line.encode() if isinstance(line, str) else line)
-    if request is None or not isinstance(request.get("body"), dict):
-        return line
-    body: dict[str, Any] = request["body"]
-    try:
-        rewritten, wanted = rewrite(dumps(body).encode())
-        if wanted:
-            raise EmphasisError(
-                "the report is a header of an HTTP response, which a batch's line has not; "
-                "POST /v1/emphasis/resolve gives it",
-                field=RETURN_KEY,
-            )
-        return dumps({**request, "body": json.loads(rewritten)})
-    except EmphasisError as e:
-        plain = {key: value for key, value in body.items() if not is_ours(key)}
-        xargs = {k: v for k, v in (body.get("vllm_xargs") or {}).items() if not is_ours(k)}
-        return json.dumps({**request, "body": {**plain, "vllm_xargs": {**xargs, REFUSED_KEY: str(e)}}})
-
-
 def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
     """Lets a body without the plugin's fields pass, to an endpoint that would drop them.
 
     Raises:
         EmphasisError: it has one.
     """
-    request = _object(body) or {}
+    request = read_object(body) or {}
     for name in ("", "vllm_xargs", "sampling_params"):
         fields = request.get(name) if name else request
         if not isinstance(fields, dict):
             continue
-        if any(is_ours(key) and value not in (None, False) for key, value in fields.items()):
+        if any(is_ours(key) and not is_nothing(value) for key, value in fields.items()):
             raise EmphasisError(
-                (f"{path} takes none in {name or 'the body'}; give it in sampling_params.extra_args")
+                f"{path} takes none in {name or 'the body'}: give it in sampling_params.extra_args"
                 if path == GENERATE
                 else f"{show(path)} takes no emphasis here; these do: {', '.join(PATHS)}",
                 field=KEY,
@@ -272,7 +247,7 @@ def _as_scalar(value: Any, key: str) -> Any:
     """
     if key == RETURN_KEY:
         return value
-    if key == KEY and (value is None or value is False or value == {}):
+    if key == KEY and (is_nothing(value)):
         return OFF
     if key == KEY and isinstance(value, str) and value.lstrip().startswith("{"):
         return [value]
@@ -289,7 +264,7 @@ def _checked(value: Any, key: str) -> Any:
     """A value that came in ``vllm_xargs``: vLLM's own model takes scalars and flat lists there."""
     if not is_ours(key) or key == RETURN_KEY:
         return value
-    if key == KEY and (value is None or value is False or value == {}):
+    if key == KEY and (is_nothing(value)):
         return OFF
     if isinstance(value, dict) or (
         isinstance(value, list) and not all(isinstance(item, str | int | float) for item in value)
