@@ -7,6 +7,10 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from vllm_pasta import Emphasis, EmphasisError
 from vllm_pasta.integration import patching, plugin
@@ -33,6 +37,12 @@ def rewritten(**request):
         ({"text": "a"}, '{"text": "a"}'),
         ([{"role": "user"}, "a"], '{"text": [{"role": "user"}, "a"]}'),
         (5, 5),  # vLLM and admission say what is wrong with it
+        ('{"name": ""}', ['{"name": ""}']),  # a string is text, also where it is JSON
+        (' {"text": "Hi"}', [' {"text": "Hi"}']),
+        (None, '{"markup": "off"}'),
+        (False, '{"markup": "off"}'),
+        ({}, '{"markup": "off"}'),
+        ({"prompts": ["a", None]}, '{"prompts": ["a", null]}'),
     ],
 )
 def test_top_level_moves_into_xargs(emphasis, carried):
@@ -78,6 +88,19 @@ def test_batch_file():
     line["body"]["messages"] = [{"role": "user", "content": "a"}]
     request = BatchRequestInput.model_validate_json(json.dumps({**line, "method": "POST"}))
     assert request.body.to_sampling_params(1, {}).extra_args == {"emphasis": '{"text": "a"}'}
+    for bad, words in (
+        ({"emphasis": True}, "got True"),
+        ({"emphasis": "a", "vllm_xargs": {"emphasis": "b", "mine": 1}}, "given twice"),
+        ({"vllm_xargs": {"emphasis": {"text": "a"}}}, "give an object at the top level"),
+        ({"emphasis": "a", "return_emphasis": True}, "a header of an HTTP response"),
+    ):
+        refused = json.loads(rewrite_batch_line(json.dumps({**line, "body": {"n": 1, **bad}})))
+        assert refused["custom_id"] == "1"
+        xargs = refused["body"].pop("vllm_xargs")
+        assert refused["body"] == {"n": 1}
+        assert xargs.pop("mine", 1) == 1
+        assert words in xargs.pop("emphasis_refused")
+        assert not xargs
     plain = json.dumps({**line, "body": {"messages": "emphasis"}})
     assert json.loads(rewrite_batch_line(plain)) == json.loads(plain)
     assert rewrite_batch_line("{") == "{"
@@ -126,6 +149,8 @@ def test_return_emphasis(value):
         {"emphasis": True},
         {"return_emphasis": "yes", "emphasis": "a"},
         {"return_emphasis": 2},
+        {"vllm_xargs": {"emphasis": {"text": "a"}}},
+        {"vllm_xargs": {"emphasis": [{"text": "a"}]}},
     ],
 )
 def test_refused(request_):
@@ -233,6 +258,59 @@ def test_middleware_without_report():
     assert sent[0]["headers"] == []
 
 
+@pytest.mark.parametrize("value", [None, False, {}])
+def test_no_emphasis_in_xargs(value):
+    """vLLM's own model would refuse these there; they ask for nothing."""
+    request, _ = rewritten(vllm_xargs={"emphasis": value})
+    assert request == {"vllm_xargs": {"emphasis": '{"markup": "off"}'}}
+
+
+def test_behind_the_door():
+    """However a server stacks its middlewares, this one is inside all of them: what another one
+    turns away is not read."""
+    read = []
+
+    class Door:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            if dict(scope["headers"]).get(b"authorization") == b"yes":
+                await self.app(scope, receive, send)
+            else:
+                await JSONResponse({}, status_code=401)(scope, receive, send)
+
+    async def endpoint(request):
+        return JSONResponse(await request.json())
+
+    app = Starlette(
+        routes=[Route("/v1/completions", endpoint, methods=["POST"])],
+        middleware=[Middleware(EmphasisMiddleware), Middleware(Door)],
+    )
+
+    async def ask(headers):
+        sent = []
+
+        async def receive():
+            read.append(headers)
+            return {"type": "http.request", "body": b'{"emphasis": true}', "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+                 "headers": headers}  # fmt: skip
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    before = metrics.counters().refused.labels("emphasis")._value.get()
+    assert asyncio.run(ask([])) == 401
+    assert not read
+    assert metrics.counters().refused.labels("emphasis")._value.get() == before
+    assert asyncio.run(ask([(b"authorization", b"yes")])) == 400
+    assert metrics.counters().refused.labels("emphasis")._value.get() == before + 1
+
+
 def test_middleware_refuses():
     seen, sent = call(b'{"emphasis": true}')
     assert not seen
@@ -260,7 +338,13 @@ def test_endpoints_that_would_drop_it(path):
         seen, sent = call(body, path=path)
         assert (seen, sent[0]["status"]) == ({}, 400)
         assert path in json.loads(sent[1]["body"])["error"]["message"]
-    for body in (b'{"prompt":  "emphasis"}', b"{", b'{"emphasis": null}'):
+    if path == "/inference/v1/generate":
+        seen, sent = call(b'{"sampling_params": {"emphasis": "a"}}', path=path)
+        assert (seen, sent[0]["status"]) == ({}, 400)
+        assert b"give it in sampling_params.extra_args" in sent[1]["body"]
+        body = b'{"sampling_params": {"extra_args": {"emphasis": "a"}}}'
+        assert call(body, path=path)[0]["body"] == body
+    for body in (b'{"prompt":  "emphasis"}', b"{", b'{"emphasis": null}', b'{"emphasis": {}}'):
         assert call(body, path=path)[0]["body"] == body
 
 

@@ -1,5 +1,7 @@
 """Text to tokens: which occurrence, whole edge tokens, truncation, help where it is not there."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,13 +40,85 @@ def test_window():
 def test_not_there_shows_the_closest():
     """Other case, a typo, other white space: the user sees what the prompt really says."""
     prompt = "<|im_start|>user\nAnswer in JSON please.<|im_end|>"
-    for text in ("answer in json", "Answer in Jason", "Answer  in JSON"):
+    for text, hint in (
+        ("answer in json", "the prompt has 'Answer in JSON'"),
+        ("Answer in Jason", "closest is 'Answer in JSON"),
+        ("Answer  in JSON", "the prompt has 'Answer in JSON'"),
+    ):
         with pytest.raises(EmphasisError) as refused:
             find(prompt, text, field="emphasis.text[3]")
         assert repr(text) in str(refused.value)
-        assert "nswer in J" in str(refused.value).split("closest is")[1]
+        assert hint in str(refused.value)
         assert refused.value.field == "emphasis.text[3]"
     assert closest("abc", "xyz") == ""
+
+
+CAFE = "Le café, le cafe\u0301 noir; 각 한"  # the first and second é are composed differently
+
+
+@pytest.mark.parametrize(
+    ("needle", "occurrence", "found"),
+    [
+        ("café", "all", ["café", "cafe\u0301"]),
+        ("cafe\u0301", "all", ["café", "cafe\u0301"]),
+        ("cafe\u0301 noir", 0, ["cafe\u0301 noir"]),
+        ("café noir", "last", ["cafe\u0301 noir"]),
+        ("\u1100\u1161\u11a8", 0, ["각"]),
+        ("a\u0323\u0302", 0, ["ậ"]),
+    ],
+)
+def test_canonically_equivalent(needle, occurrence, found):
+    """The same text to a reader, composed or not, whichever of the two the prompt has."""
+    text = CAFE + " ậ"
+    assert [text[a:b] for a, b in find(text, needle, occurrence)] == found
+
+
+@pytest.mark.parametrize("needle", ["\u1100\u1161", "cafe\u0302"])
+def test_part_of_a_character_is_not_found(needle):
+    with pytest.raises(EmphasisError, match="not in the prompt"):
+        find(CAFE, needle)
+
+
+@given(st.text(alphabet="eé\u0301\u0323 ab각\u1100\u1161", max_size=12), st.data())
+def test_every_form_of_a_part_is_found(text, data):
+    """A part of the prompt in any normal form is found, and what is found is equivalent to it."""
+    start = data.draw(st.integers(0, len(text)))
+    part = text[start : data.draw(st.integers(start, len(text)))]
+    for form in ("NFC", "NFD"):
+        needle = unicodedata.normalize(form, part)
+        if not needle or unicodedata.combining(text[start]):
+            continue  # nothing; or it begins within a character
+        try:
+            ranges = find(text, needle, "all")
+        except EmphasisError:
+            # It ends within a character, which goes on after it.
+            whole = unicodedata.normalize("NFD", text)
+            assert unicodedata.normalize("NFD", part) + "" in whole
+            continue
+        for a, b in ranges:
+            assert unicodedata.normalize("NFC", text[a:b]) == unicodedata.normalize("NFC", part)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "needle", "words"),
+    [
+        (
+            "a\u00a0b",
+            "a b",
+            r"U\+00A0 \(no-break space\) where the text sent has U\+0020 \(space\)",
+        ),
+        ("say “hi”", 'say "hi"', r"character 4: it has U\+201C \(left double quotation mark\)"),
+        ("a\r\nb", "a\nb", r"U\+000D \(a carriage return\) where .* U\+000A \(a line feed\)"),
+        ("a\nb", "a\r\nb", r"U\+000A \(a line feed\) where .* U\+000D \(a carriage return\)"),
+        ("zero\u200bwidth", "zerowidth", r"U\+200B \(zero width space\)"),
+        ("1–2", "1-2", r"U\+2013 \(en dash\)"),
+        ("Ｊson", "json", r"U\+FF2A \(fullwidth latin capital letter j\)"),
+    ],
+)
+def test_looks_equal_and_is_not(prompt, needle, words):
+    """The message says what differs, not the same-looking text once more."""
+    with pytest.raises(EmphasisError, match=words):
+        find(f"Here: {prompt}.", needle)
 
 
 def test_edge_tokens_count():

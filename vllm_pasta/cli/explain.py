@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the prompt with the emphasised tokens coloured, or as JSON."""
     tokenizer = load_tokenizer(args.model)
     emphasis = Emphasis.parse({KEY: _emphasis(args.emphasis)})
-    if emphasis is None:
+    if emphasis is None or emphasis.is_off:
         raise PastaError("--emphasis: expected something to emphasise, got null")
     chat = None
     if args.messages is not None:
@@ -76,8 +76,9 @@ def to_json(tokenizer: Any, located: Located) -> dict[str, Any]:
                 "tokens": [start, end],
                 "text": seen.text[seen.offsets[start][0] : seen.offsets[end - 1][1]],
                 "pieces": [tokenizer.decode([i]) for i in ids[start:end]],
+                **({} if alpha == 1.0 else {"alpha": alpha}),
             }
-            for start, end in located.spans
+            for (start, end), alpha in located.strengths
         ],
     }
 
@@ -93,7 +94,13 @@ def show(tokenizer: Any, located: Located, stream: TextIO) -> None:
         position = b
     parts.append((seen.text[position:], False))
     count = sum(end - start for start, end in located.spans)
-    where = ", ".join(f"[{start}, {end})" for start, end in located.spans) or "none"
+    where = (
+        ", ".join(
+            f"[{start}, {end})" + ("" if alpha == 1.0 else f" at {alpha:g}")
+            for (start, end), alpha in located.strengths
+        )
+        or "none"
+    )
     console = terminal.console(stream)
     console.print(terminal.marked(parts, terminal.coloured(stream)), soft_wrap=True)
     console.print(

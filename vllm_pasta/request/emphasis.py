@@ -22,6 +22,9 @@ RETURN_KEY = "return_emphasis"
 """Key in ``extra_args``: whether the response says what was emphasised."""
 
 
+OFF = '{"markup": "off"}'
+"""The form of "no emphasis" that flat transports can carry."""
+
 REFUSED_KEY = "emphasis_refused"
 """Key in ``extra_args`` that says why a request is refused, where that was found before it could
 be answered: in a batch file's line."""
@@ -39,10 +42,13 @@ def is_nothing(value: Any) -> bool:
 
 
 def has_emphasis(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether ``extra_args`` says anything about emphasis, well formed or not; that there be none
-    of it (null, false, an empty object) is not asked for."""
+    """Whether ``extra_args`` asks for emphasis, well formed or not. To ask that there be none
+    (null, false, an empty object, or markup "off" and nothing else) is not to ask for it."""
     return extra_args is not None and any(
-        isinstance(key, str) and key.startswith(KEY) and not is_nothing(value)
+        isinstance(key, str)
+        and key.startswith(KEY)
+        and not is_nothing(value)
+        and value not in (({"markup": "off"}, OFF) if key == KEY else ("off",))
         for key, value in extra_args.items()
     )
 
@@ -99,7 +105,8 @@ class Emphasis:
         ):
             return None
         if not has_emphasis(extra_args):
-            return cls(markup="off") if KEY in extra_args else None
+            is_off = KEY in extra_args or extra_args.get("emphasis_markup") == "off"
+            return cls(markup="off") if is_off else None
         for key in extra_args:
             if isinstance(key, str) and key.startswith(KEY) and key not in (KEY, *FLAT_KEYS):
                 raise EmphasisError(

@@ -27,6 +27,9 @@ CHAT_KEY = "_vllm_pasta_chat"
 """Key in a rendered prompt of the `Chat` that it was made from."""
 
 
+INDEX_KEY = "_vllm_pasta_index"
+"""Key in a rendered prompt of its place in the request's list of prompts, and their number."""
+
 READING_KEY = "_vllm_pasta_reading"
 """Key in a rendered prompt of the `Reading` of its markup, which was taken out before the prompt
 became tokens."""
@@ -59,6 +62,11 @@ class Located:
     def factors(self) -> tuple[float, ...]:
         """A factor for each of `spans`; empty where all are 1, full strength."""
         return self._strongest[1]
+
+    @property
+    def strengths(self) -> list[tuple[Span, float]]:
+        """Each of `spans` with its factor."""
+        return list(zip(self.spans, self.factors or (1.0,) * len(self.spans), strict=True))
 
 
 class Locator:

@@ -223,6 +223,7 @@ def _exactly(tag: str) -> str:
 
 
 _BOLD = re.compile(r"(?<!\\)(?:\*\*+|(?<!_)__(?!_))")
+_LINE_START = re.compile(r"[ \t]*(?:(?:[-+*>]|\d{1,9}[.)]|#{1,6})[ \t]+)*")
 _UNPACKED = re.compile(r"[(,]\s*\*\*\w")
 
 
@@ -243,7 +244,7 @@ def _missed_bold(text: str) -> str | None:
         start, end = run.span()
         before, after = text[start - 1 : start], text[end : end + 1]
         line = text[text.rfind("\n", 0, start) + 1 : start]
-        opens_line = not line.strip(" \t>-+*0123456789.)#")
+        opens_line = _LINE_START.fullmatch(line) is not None
         if not (opens_line or before.isspace() or before in "([{\"'“‘«"):
             continue
         later = (r for r in runs[i + 1 :] if r[0][0] == run[0][0])

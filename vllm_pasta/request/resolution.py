@@ -112,21 +112,32 @@ class Resolution:
         emphasis: Ready to run.
         token_ids: The prompt's; others than before if markup was taken out.
         text: The prompt's, after markup was taken out; None where only token ranges were given.
+        spans: The marked token ranges, those included that are as strong as unmarked tokens.
+        factors: A factor for each of ``spans``; empty where all are 1, full strength.
     """
 
     emphasis: ResolvedEmphasis
     token_ids: list[int]
     text: str | None
+    spans: tuple[Span, ...]
+    factors: tuple[float, ...] = ()
 
     def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-        """The emphasised token ranges and their text, for people.
+        """The marked token ranges and their text, for people; and ``alpha``, a mark's own factor,
+        where it is not 1.
 
         Args:
             decode: Token ids to text.
         """
         return [
-            {"tokens": [start, end], "text": decode(self.token_ids[start:end])}
-            for start, end in self.emphasis.spans
+            {
+                "tokens": [start, end],
+                "text": decode(self.token_ids[start:end]),
+                **({} if factor == 1.0 else {"alpha": factor}),
+            }
+            for (start, end), factor in zip(
+                self.spans, self.factors or (1.0,) * len(self.spans), strict=True
+            )
         ]
 
 

@@ -6,6 +6,7 @@ leaves carries a resolved emphasis under ``WIRE_KEY``, or none at all.
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -16,11 +17,17 @@ from vllm_pasta.integration import support
 from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.scheduler import connectors
-from vllm_pasta.request.emphasis import Emphasis, has_emphasis, is_ours
+from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, is_ours
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.locate import CHAT_KEY, Locator
+from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, Locator
 from vllm_pasta.request.markup import Markup
-from vllm_pasta.request.resolution import KEY, WIRE_KEY, Resolution, ResolvedEmphasis
+from vllm_pasta.request.resolution import (
+    KEY,
+    WIRE_KEY,
+    Resolution,
+    ResolvedEmphasis,
+    strongest,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -160,7 +167,10 @@ class Admission:
         resumable: bool = False,
     ) -> Resolution | None:
         """As `check`, but counts nothing, and raises a plain `EmphasisError`."""
-        asked = has_emphasis(extra_args)
+        if REFUSED_KEY in extra_args:
+            raise EmphasisError(str(extra_args[REFUSED_KEY]))
+        emphasis = Emphasis.parse(extra_args, prompt.get(INDEX_KEY))
+        asked = emphasis is not None and not emphasis.is_off
         if self.config is None:
             if asked:
                 raise EmphasisError(
@@ -170,9 +180,10 @@ class Admission:
                 )
             return None
         text = prompt.get("prompt")
-        if not asked and not (isinstance(text, str) and self.config.markup.may_be_in(text)):
-            return None
-        emphasis = Emphasis.parse(extra_args) or Emphasis()
+        if emphasis is None:
+            if not (isinstance(text, str) and self.config.markup.may_be_in(text)):
+                return None
+            emphasis = Emphasis()
         if not isinstance(params, SamplingParams | BeamSearchParams):
             if not asked:
                 return None
@@ -185,10 +196,12 @@ class Admission:
             )
         markup = self.config.markup
         if emphasis.markup is not None or emphasis.keep_marks is not None:
-            markup = Markup(
-                emphasis.markup or markup.kind,
-                markup.tag,
-                markup.keep_marks if emphasis.keep_marks is None else emphasis.keep_marks,
+            markup = replace(
+                markup,
+                kind=emphasis.markup or markup.kind,
+                keep_marks=(
+                    markup.keep_marks if emphasis.keep_marks is None else emphasis.keep_marks
+                ),
             )
         elif not isinstance(text, str):
             markup = Markup()  # the server's default is for text
@@ -196,10 +209,11 @@ class Admission:
             emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY)
         )
         alpha = self.config.alpha if emphasis.alpha is None else emphasis.alpha
-        heads = self._heads(emphasis.heads, needed=bool(located.spans))
-        resolved = ResolvedEmphasis(located.spans, alpha, heads, len(located.token_ids))
+        heads = self._heads(emphasis.heads, needed=bool(located.marks))
+        spans, factors = strongest(located.marks, alpha)
+        resolved = ResolvedEmphasis(spans, alpha, heads, len(located.token_ids), factors)
         text = None if located.tokenized is None else located.tokenized.text
-        return Resolution(resolved, located.token_ids, text)
+        return Resolution(resolved, located.token_ids, text, located.spans, located.factors)
 
     def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
         assert self.config is not None

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.integration.frontend import metrics
-from vllm_pasta.request.emphasis import RETURN_KEY, is_nothing, is_ours
+from vllm_pasta.request.emphasis import OFF, RETURN_KEY, is_nothing, is_ours
 from vllm_pasta.request.resolution import KEY
 
 PATHS = (
@@ -187,7 +187,7 @@ def refusal(error: EmphasisError) -> JSONResponse:
     return JSONResponse({"error": detail}, status_code=status)
 
 
-def _object(body: bytes) -> dict[str, Any] | None:
+def read_object(body: bytes) -> dict[str, Any] | None:
     """The body as an object, if it may hold one of our fields; else None."""
     # Keys may be written with escapes, and JSON in UTF-16.
     if not any(sign in body for sign in (KEY.encode(), b"\\u", b"\0")):
@@ -234,10 +234,6 @@ def header(entries: list[dict[str, Any]]) -> str:
             count = sum(len(entry["emphasised"]) for entry in entries)
             return json.dumps({"error": f"too long for a header: {count} ranges"})
         longest //= 2
-
-
-OFF = '{"markup": "off"}'
-"""The form of "no emphasis" that ``vllm_xargs`` can carry."""
 
 
 def _as_scalar(value: Any, key: str) -> Any:
