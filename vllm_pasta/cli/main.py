@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_pasta._version import __version__
-from vllm_pasta.cli import demo, eval, explain, profile
+from vllm_pasta.cli import demo, eval, explain, profile, verify
 from vllm_pasta.errors import PastaError
 
 
@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     )
     profile.add_arguments(command)
     command.set_defaults(run=profile.run)
+    command = commands.add_parser("verify", help=verify.HELP, description=verify.DESCRIPTION)
+    verify.add_arguments(command)
+    command.set_defaults(run=verify.run)
     return top
 
 
