@@ -2,16 +2,15 @@
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vllm_pasta.cli import terminal
 from vllm_pasta.cli.options import count
 from vllm_pasta.cli.session import check_plugin
 
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-pasta-verify-") as made:
         folder = args.logs or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
-        console = Console(stderr=True)
+        console = terminal.console(sys.stderr)
         with Progress(
             BarColumn(20),
             TimeElapsedColumn(),
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             def progress(what: str, share: float) -> None:
                 bar.update(task, description=what, completed=share)
                 if not console.is_terminal:
-                    console.print(what, markup=False, highlight=False)
+                    console.print(what, soft_wrap=True)
 
             report = verify(options, folder, progress)
     if args.json:
@@ -83,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show(report: dict[str, Any]) -> None:
     """Prints a report, as `verify.run.Report.to_json` has it, for people."""
-    width = shutil.get_terminal_size((100, 24)).columns
-    out = Console(width=width, markup=False, highlight=False, emoji=False)
+    out = terminal.console(sys.stdout)
     out.print(report["device"])
     out.print(", ".join(f"{name} {number}" for name, number in report["versions"].items()))
     for note in report["notes"]:
