@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -87,16 +88,15 @@ def show(report: dict[str, Any]) -> None:
     out.print(", ".join(f"{name} {number}" for name, number in report["versions"].items()))
     for note in report["notes"]:
         out.print(note)
-    engines = Table(box=None, pad_edge=False)
-    for title in ("engine", "runner", "backend", "dtype", "graphs", "torch.compile", "start"):
-        engines.add_column(title)
+    engines = [("engine", "runner", "backend", "dtype", "graphs", "torch.compile", "start")]
     for name, about in report["engines"].items():
-        engines.add_row(
-            name, about["runner"], ", ".join(about["backends"]) or "-", about["dtype"],
-            about["graphs"], about["compile"], f"{about['start_s']:.0f} s",
+        backends, start = ", ".join(about["backends"]) or "-", f"{about['start_s']:.0f} s"
+        engines.append(
+            (name, about["runner"], backends, about["dtype"], about["graphs"], about["compile"],
+             start)
         )  # fmt: skip
     out.print()
-    out.print(engines)
+    out.print(terminal.table(engines))
     out.print()
     checks = Table(box=None, pad_edge=False, show_header=False)
     checks.add_column()
@@ -112,15 +112,11 @@ def show(report: dict[str, Any]) -> None:
             f"{workload['new_tokens']} tokens, {workload['emphasised_tokens']} emphasised, "
             f"{workload['name']}; medians of {len(row['seconds']['plain'])} runs"
         )
-        times = Table(box=None, pad_edge=False)
-        times.add_column("")
-        for title in ("output tok/s", "seconds", "plain / this"):
-            times.add_column(title, justify="right")
+        times = [("", "output tok/s", "seconds", "plain / this")]
         tokens = workload["requests"] * workload["new_tokens"]
         for kind, seconds in row["seconds"].items():
-            taken = sorted(seconds)
-            median = (taken[len(taken) // 2] + taken[(len(taken) - 1) // 2]) / 2
+            median = statistics.median(seconds)
             ratio = "" if kind == "plain" else f"{row[f'ratio_{kind}']:.3f}"
-            times.add_row(kind, f"{tokens / median:.1f}", f"{median:.3f}", ratio)
-        out.print(times)
+            times.append((kind, f"{tokens / median:.1f}", f"{median:.3f}", ratio))
+        out.print(terminal.table(times))
     out.print(f"\n{'everything holds' if report['ok'] else 'NOT everything holds'}")

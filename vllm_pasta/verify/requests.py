@@ -67,7 +67,9 @@ def mixed(
         if i % 4 == 1:
             prompt = requests[-1].prompt
         else:
-            length = rng.choice([rng.randint(8, 64), rng.randint(64, longest), longest])
+            length = rng.choice(
+                [rng.randint(8, longest // 4), rng.randint(longest // 4, longest), longest]
+            )
             prompt = [rng.randrange(10, min(size.vocab, 40_000)) for _ in range(length)]
         emphasis = _emphasis(rng, size, len(prompt)) if i % 4 else None
         requests.append(Request(prompt, max_tokens, emphasis))
