@@ -10,10 +10,10 @@ VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
 PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check docs upstream bench heads clean
+.PHONY: help setup demo test test-all fast check docs upstream bench heads clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 14
 
 setup: $(STAMP) ## install the pinned CPU stack into .venv
 
@@ -26,8 +26,19 @@ $(STAMP): $(PINNED)
 demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
 	$(VENV)/bin/vllm-pasta demo
 
-test: check ## linters, type checker, tests
-	$(VENV)/bin/pytest -q -ra --durations=10
+# Two workers, each with half of the cores: most of a test is Python. Tests that need the same server
+# or engine share a worker, and what takes long comes first (tests/conftest.py).
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/pytest -q -ra --durations=10 -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+test: check ## linters, type checker, tests (WORKERS=4 on a larger machine)
+	$(PYTEST)
+
+test-all: check ## and slow variants of them
+	$(PYTEST) -m ""
+
+fast: check ## linters, type checker, unit tests: about a minute
+	$(PYTEST) tests/unit
 
 upstream: $(STAMP) ## what another vLLM changes that we build on: VERSION=0.33.0
 	$(VENV)/bin/python -m patches.check_upstream $(VERSION)

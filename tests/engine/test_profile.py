@@ -181,7 +181,7 @@ def command(worded, engine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vllm.LLM", lambda model, **options: llm)
     for module in ("profile", "eval"):
-        monkeypatch.setattr(f"vllm_pasta.profiling.{module}.engine_session", session)
+        monkeypatch.setattr(f"vllm_pasta.cli.{module}.engine_session", session)
 
     def run(name, *options, status=0):
         assert cli.main([name, str(worded), *options]) == status
