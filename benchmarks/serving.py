@@ -38,7 +38,6 @@ class Server(Contestant):
             VLLM, "serve", options.model, "--served-model-name", "m", "--host", "127.0.0.1",
             "--port", str(self.port), "--max-model-len", "2048", "--no-enable-prefix-caching",
             "--gpu-memory-utilization", str(MEMORY_UTILIZATION), "--dtype", options.dtype,
-            *(["--pasta-gpu", "experimental"] if name == "pasta" else []),
         ]  # fmt: skip
         nowhere = subprocess.DEVNULL
         super().__init__(name, command, 1, stdout=nowhere, stderr=nowhere)

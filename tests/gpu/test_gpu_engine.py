@@ -118,7 +118,3 @@ def test_cases_differ(run):
     for same in ((0, 2, 6), (1, 3, 5)):
         n = min(len(run.expected[i]) for i in same)
         assert len({tuple(run.expected[i][:n]) for i in same}) == len(same)
-
-
-def test_wants_to_be_asked_for(run):
-    assert "--pasta-gpu experimental" in run.report["refused"]

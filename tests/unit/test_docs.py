@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_pasta.request.heads import bundled
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
@@ -95,3 +97,28 @@ def test_every_file_named_is_there():
         text = BLOCK.sub("", path.read_text(encoding="utf-8"))
         for file in re.findall(r"`((?:vllm_pasta|tests|docs|tools|examples)/[\w/.-]+)`", text):
             assert (ROOT / file).exists(), f"{name(path)}: {file} is not there"
+
+
+def test_head_sets_are_listed():
+    """docs/heads.md has a row for every head set that comes with the package."""
+    text = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d.]+[^|]*\| [\d.]+) \|", text, re.MULTILINE))
+    for head_set, heads in bundled().items():
+        count, alpha = re.fullmatch(r"(\d+).*\| ([\d.]+)", rows.pop(head_set)).groups()
+        assert (int(count), float(alpha)) == (len(heads), heads.provenance["alpha"]), head_set
+    assert not rows
+
+
+def test_what_operators_use_is_listed():
+    """docs/serving.md has every flag, environment variable, route and metric."""
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "vllm_pasta").rglob("*.py"))
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    counters = re.findall(r'Counter\(\s*"(\w+)"', source)
+    names = {
+        *re.findall(r'"(--pasta-[a-z]+)"', source),
+        *re.findall(r"\b(VLLM_PASTA_[A-Z]+)\b", source),
+        *re.findall(r'"(/v1/emphasis/\w+)"', source),
+        *(f"{counter}_total" for counter in counters),
+    }
+    assert len(counters) >= 4
+    assert not {name for name in names if name not in text}

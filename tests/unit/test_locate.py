@@ -10,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vllm_pasta import Emphasis, EmphasisError
-from vllm_pasta.request.emphasis import KEY
 from vllm_pasta.request.locate import Locator
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.resolution import KEY
 
 CORPUS = [
     "Answer in JSON. Be brief, and name three colours: red, green, blue.",

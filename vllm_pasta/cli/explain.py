@@ -9,9 +9,10 @@ from typing import Any
 
 from vllm_pasta.errors import EmphasisError, PastaError
 from vllm_pasta.request.chat import Chat
-from vllm_pasta.request.emphasis import KEY, Emphasis
+from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.locate import Located, Locator
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.resolution import KEY
 from vllm_pasta.request.tokens import decoded
 
 DESCRIPTION = (

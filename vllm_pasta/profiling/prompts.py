@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.methods import Method
-from vllm_pasta.request.emphasis import Span
+from vllm_pasta.request.resolution import Span
 from vllm_pasta.request.tokens import Tokenized
 from vllm_pasta.tasks import Probe
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from vllm_pasta.request.emphasis import MAX_SPANS, ResolvedEmphasis
+from vllm_pasta.request.resolution import MAX_SPANS, ResolvedEmphasis
 
 FIRST, NUM_SPANS, EMPHASISED, LOG_ALPHA, HEADER = range(5)
 """Columns of a slot's row; ``HEADER`` is how many come before the heads."""

@@ -2,7 +2,7 @@
 
 Registered in place of each backend, by its own name, so what the platform chooses, or
 ``--attention-backend``, keeps its meaning. Each is made when it is first asked for, since that
-imports its base. Never run on a GPU yet; see the README.
+imports its base. docs/gpu.md says what ran on hardware.
 
 What a CUDA graph captures must not depend on what is steered. So steering lives in buffers at
 fixed addresses (`steering.slots`), a step's metadata only refers to them and to the model runner's
