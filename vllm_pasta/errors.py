@@ -21,10 +21,14 @@ class EmphasisError(PastaError, ValueError):
     Args:
         message: What was expected, what came, and what to do.
         field: The field of the emphasis at fault, e.g. ``"emphasis.spans[0]"``.
+        prompt: Which prompt of the request's list it is about, from 0.
     """
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
+    def __init__(
+        self, message: str, *, field: str | None = None, prompt: int | None = None
+    ) -> None:
+        text = f"{field}: {message}" if field else message
+        super().__init__(text if prompt is None else f"prompt {prompt}: {text}")
         self.message = message
         self.field = field
 

@@ -17,9 +17,10 @@ from vllm_pasta.integration import support
 from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.request.chat import Reading, read_messages, read_text
 from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, is_ours
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, Locator
+from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, READING_KEY, Locator
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import (
     KEY,
@@ -58,6 +59,13 @@ class AdmissionError(VLLMValidationError, EmphasisError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def _of_prompt(error: EmphasisError, index: tuple[int, int] | None) -> EmphasisError:
+    """The same error, which says the prompt where a request has several."""
+    if index is None:
+        return error
+    return EmphasisError(error.message, field=error.field, prompt=index[0])
 
 
 class Admission:
@@ -158,6 +166,46 @@ class Admission:
             metrics.refused(e.field)
             raise AdmissionError(e) from None
 
+    def read(
+        self,
+        extra_args: Mapping[str, Any],
+        prompt: Any,
+        *,
+        is_chat: bool,
+        index: tuple[int, int] | None = None,
+    ) -> tuple[Any, Reading] | None:
+        """Reads markup in a prompt that is not tokens yet.
+
+        Args:
+            extra_args: The request's.
+            prompt: vLLM's ``DictPrompt``, or a list of messages.
+            is_chat: Whether it is messages.
+            index: Which prompt of the request's list, and how many there are.
+
+        Returns:
+            The prompt without its markup, and what was read; None where there is no text to read,
+            or this engine does not honour emphasis.
+
+        Raises:
+            AdmissionError: the emphasis, or the markup, is malformed.
+        """
+        if self.config is None:
+            return None
+        try:
+            emphasis = self._parsed(extra_args, index) or Emphasis()
+            markup = self._markup(emphasis)
+            if is_chat:
+                messages, reading = read_messages(prompt, markup)
+                return (messages if reading.changed else prompt), reading
+            text = prompt.get("prompt") if isinstance(prompt, Mapping) else None
+            if not isinstance(text, str) or "prompt_token_ids" in prompt:
+                return None
+            clean, reading = read_text(text, markup)
+            return ({**prompt, "prompt": clean} if reading.changed else prompt), reading
+        except EmphasisError as e:
+            metrics.refused(e.field)
+            raise AdmissionError(_of_prompt(e, index)) from None
+
     def resolve(
         self,
         params: Any,
@@ -167,9 +215,20 @@ class Admission:
         resumable: bool = False,
     ) -> Resolution | None:
         """As `check`, but counts nothing, and raises a plain `EmphasisError`."""
-        if REFUSED_KEY in extra_args:
-            raise EmphasisError(str(extra_args[REFUSED_KEY]))
-        emphasis = Emphasis.parse(extra_args, prompt.get(INDEX_KEY))
+        try:
+            return self._resolve(params, extra_args, prompt, resumable=resumable)
+        except EmphasisError as e:
+            raise _of_prompt(e, prompt.get(INDEX_KEY)) from None
+
+    def _resolve(
+        self,
+        params: Any,
+        extra_args: Mapping[str, Any],
+        prompt: Mapping[str, Any],
+        *,
+        resumable: bool,
+    ) -> Resolution | None:
+        emphasis = self._parsed(extra_args, prompt.get(INDEX_KEY))
         asked = emphasis is not None and not emphasis.is_off
         if self.config is None:
             if asked:
@@ -179,9 +238,12 @@ class Admission:
                     field=KEY,
                 )
             return None
-        text = prompt.get("prompt")
+        text, reading = prompt.get("prompt"), prompt.get(READING_KEY)
         if emphasis is None:
-            if not (isinstance(text, str) and self.config.markup.may_be_in(text)):
+            if reading is not None:
+                if not reading.marks:
+                    return None
+            elif not (isinstance(text, str) and self.config.markup.may_be_in(text)):
                 return None
             emphasis = Emphasis()
         if not isinstance(params, SamplingParams | BeamSearchParams):
@@ -194,19 +256,11 @@ class Admission:
             raise EmphasisError(
                 f"expected a prompt of tokens, got one of type {prompt.get('type')}", field=KEY
             )
-        markup = self.config.markup
-        if emphasis.markup is not None or emphasis.keep_marks is not None:
-            markup = replace(
-                markup,
-                kind=emphasis.markup or markup.kind,
-                keep_marks=(
-                    markup.keep_marks if emphasis.keep_marks is None else emphasis.keep_marks
-                ),
-            )
-        elif not isinstance(text, str):
+        markup = self._markup(emphasis)
+        if emphasis.markup is None and emphasis.keep_marks is None and not isinstance(text, str):
             markup = Markup()  # the server's default is for text
         located = self.locator.locate(
-            emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY)
+            emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY), reading
         )
         alpha = self.config.alpha if emphasis.alpha is None else emphasis.alpha
         heads = self._heads(emphasis.heads, needed=bool(located.marks))
@@ -214,6 +268,19 @@ class Admission:
         resolved = ResolvedEmphasis(spans, alpha, heads, len(located.token_ids), factors)
         text = None if located.tokenized is None else located.tokenized.text
         return Resolution(resolved, located.token_ids, text, located.spans, located.factors)
+
+    @staticmethod
+    def _parsed(extra_args: Mapping[str, Any], index: tuple[int, int] | None) -> Emphasis | None:
+        if REFUSED_KEY in extra_args:
+            raise EmphasisError(str(extra_args[REFUSED_KEY]))
+        return Emphasis.parse(extra_args, index)
+
+    def _markup(self, emphasis: Emphasis) -> Markup:
+        """The markup that a request asks for, or the server's."""
+        assert self.config is not None
+        markup = self.config.markup
+        keep = markup.keep_marks if emphasis.keep_marks is None else emphasis.keep_marks
+        return replace(markup, kind=emphasis.markup or markup.kind, keep_marks=keep)
 
     def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
         assert self.config is not None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from vllm_pasta.integration.frontend.conversation import rendering
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.request.resolution import WIRE_KEY
 
@@ -47,7 +48,8 @@ def _offline(
     admission = self.llm_engine.input_processor.pasta_admission
     token = _admit.set(functools.partial(admission.admit_beams, params))
     try:
-        return original(self, prompts, params, *args, **kwargs)
+        with rendering(getattr(params, "extra_args", None) or {}):
+            return original(self, prompts, params, *args, **kwargs)
     finally:
         _admit.reset(token)
 

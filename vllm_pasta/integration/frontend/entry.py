@@ -16,7 +16,7 @@ from vllm_pasta.integration.patching import Patch
 
 def start_admission(input_processor: Any) -> Callable[..., Any]:
     """Creates a front end's `Admission`, as ``pasta_admission`` of vLLM's input processor, and
-    applies the patches that front ends need.
+    applies the patches that front ends need. The renderer finds it there too.
 
     Returns:
         `Admission.admit`.
@@ -31,6 +31,8 @@ def start_admission(input_processor: Any) -> Callable[..., Any]:
     metrics.counters()
     admission = Admission(input_processor.vllm_config, lambda: input_processor.tokenizer)
     input_processor.pasta_admission = admission
+    if (renderer := getattr(input_processor, "renderer", None)) is not None:
+        renderer.pasta_admission = admission
     return admission.admit
 
 
@@ -41,6 +43,7 @@ def _init(
     self.vllm_config = vllm_config
     start_admission(self)
     original(self, vllm_config, *args, **kwargs)
+    self.renderer.pasta_admission = self.pasta_admission
 
 
 def _process_inputs(
@@ -57,7 +60,7 @@ def _process_inputs(
             params, prompt, resumable=kwargs.get("resumable", False)
         )
         return original(self, request_id, prompt, params, *args, **kwargs)
-    # A raw prompt, which vLLM deprecates: only the original renders it.
+    # A raw prompt, which vLLM deprecates: only the original renders it, and markup is read after.
     request = original(self, request_id, prompt, params, *args, **kwargs)
     params = request.sampling_params or request.pooling_params
     text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
