@@ -160,7 +160,7 @@ def pytest_collection_modifyitems(items):
         item.add_marker(kind)
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(KINDS[kind]))
-        if not item.get_closest_marker("xdist_group"):
+        if WORKER and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(group(item, kind)))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
