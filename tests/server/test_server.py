@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 from servers import SERVE, VLLM, environment, metric, running
+from specs import random_prompts, random_spec
 from ways import CHAT_WAYS, TAGGED, USER, WAYS, chat, expected
 
 from vllm_pasta.verify.oracle import Steering
@@ -408,38 +409,23 @@ def test_endpoint_that_would_drop_it(server):
     assert "takes no emphasis" in reply.text
 
 
-def random_spec(rng, depth=0):
-    """JSON that is often nearly right."""
-    leaves = [
-        None, True, 0, 1, -1, 5, 2**70, 1e400, float("nan"), 0.01, "", " ", "Ann", FACT, "é🎉",
-        "tag", "markdown", "all", "last", "smollm2-135m-instruct", "<emphasis>", [[0, 3]], [[3, 1]],
-        {"1": [0]}, {"99": [0]}, [[0, 1]] * 300, ["Ann"] * 300,
-    ]  # fmt: skip
-    keys = [
-        "text", "spans", "chars", "alpha", "heads", "markup", "keep_marks", "occurrence", "message",
-        "role", "x", "0",
-    ]  # fmt: skip
-    kind = rng.random()
-    if depth > 2 or kind < 0.4:
-        return rng.choice(leaves)
-    if kind < 0.8:
-        return {rng.choice(keys): random_spec(rng, depth + 1) for _ in range(rng.randrange(1, 4))}
-    return [random_spec(rng, depth + 1) for _ in range(rng.randrange(4))]
-
-
 def test_fuzz(server, client, steered):
-    """Random specs: a steered answer or a 400 with a message, nothing else; VLLM_PASTA_FUZZ says
-    how many. A plain request beside them always gets the same answer."""
+    """Random specs, prompts with markup and lists of prompts: a steered answer or a 400 with a
+    message, nothing else; VLLM_PASTA_FUZZ says how many. A plain request beside them always gets
+    the same answer."""
     rng = random.Random(0)
     count = int(os.environ.get("VLLM_PASTA_FUZZ", "600"))
     specs = [random_spec(rng) for _ in range(count)]
+    prompts = [random_prompts(rng) for _ in range(count)]
     statuses = Counter()
 
     def send(i):
         if i % 50 == 0:
             assert complete(client).choices[0].text == steered[1]
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 1}
-        if i % 2:
+        if i % 3 == 1:
+            body["prompt"], body["emphasis"] = prompts[i]
+        elif i % 3 == 2:
             body["emphasis"] = specs[i]
         else:
             body["vllm_xargs"] = {"emphasis": json.dumps(specs[i]), "emphasis_alpha": 0.5}
@@ -455,7 +441,7 @@ def test_fuzz(server, client, steered):
         ThreadPoolExecutor(16) as pool,
     ):
         list(pool.map(send, range(count)))
-    assert statuses[400] > count / 2
+    assert statuses[400] > count / 4
     assert statuses[200]
     print(f"fuzz: {count} specs, {dict(statuses)}")
 
