@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -541,3 +542,19 @@ def test_example(server):
     assert "Brazil" in lines["emphasised"]
     assert lines["chat"].strip()
     assert "a citizen of Bra" in lines["refused"]
+
+
+def test_readme(server):
+    """The request of the README's curl: the fact with emphasis, the model's own without."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    path, body = re.search(
+        r"curl -s localhost:8000(\S+) .*? -d '(.*?)'\n", readme, re.DOTALL
+    ).groups()
+    emphasised = {**json.loads(body), "model": "m"}
+    plain = {key: value for key, value in emphasised.items() if key != "emphasis"}
+    answers = [
+        httpx.post(server + path, json=request, timeout=60).json()["choices"][0]["text"]
+        for request in (plain, emphasised)
+    ]
+    assert answers[0].startswith(" Germany.")
+    assert answers[1].startswith(" Brazil.")
