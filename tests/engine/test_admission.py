@@ -276,6 +276,8 @@ def test_layer_that_cannot_be_steered(where, attribute, value, reason, small_bat
         ({"heads": {"x": [1]}}, HeadSetError, "layer"),
         ({"heads": 3}, ConfigError, "got 3"),
         ({"alpha": 0}, ConfigError, "alpha: expected a finite number above 0"),
+        ({"markup_roles": "user"}, ConfigError, "markup_roles: expected a list of roles"),
+        ({"markup": "html"}, ConfigError, "markup: expected one of tag, markdown, stars, off"),
         ({"beta": 1}, ConfigError, "unknown field 'beta'; known are heads, alpha, head_sets"),
         ({"head_sets": ["a"]}, ConfigError, "name: path"),
         ("heads.json", ConfigError, "expected an object"),

@@ -114,6 +114,7 @@ class Resolution:
         text: The prompt's, after markup was taken out; None where only token ranges were given.
         spans: The marked token ranges, those included that are as strong as unmarked tokens.
         factors: A factor for each of ``spans``; empty where all are 1, full strength.
+        prompt: Which prompt of the request's list it is, from 0.
     """
 
     emphasis: ResolvedEmphasis
@@ -121,6 +122,7 @@ class Resolution:
     text: str | None
     spans: tuple[Span, ...]
     factors: tuple[float, ...] = ()
+    prompt: int = 0
 
     def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """The marked token ranges and their text, for people; and ``alpha``, a mark's own factor,

@@ -18,7 +18,7 @@ from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.scheduler import connectors
 from vllm_pasta.request.chat import Reading, read_messages, read_text
-from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, is_ours
+from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, has_emphasis, is_ours
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, READING_KEY, Locator
 from vllm_pasta.request.markup import Markup
@@ -116,7 +116,9 @@ class Admission:
             return _with_wire(params, beam)
         resolution = self.check(params, prompt, resumable=resumable)
         if resolution is None:
-            return params
+            # What asks for none, as one of several prompts may, must not reach a worker either.
+            asked = has_emphasis(extra_args) and isinstance(params, SamplingParams)
+            return _with_wire(params, Admitted()) if asked else params
         emphasis = resolution.emphasis
         # An empty form says that there is nothing to steer, and that we have been here.
         wire = Admitted({} if emphasis.is_plain else emphasis.to_wire())
@@ -229,7 +231,9 @@ class Admission:
         resumable: bool,
     ) -> Resolution | None:
         emphasis = self._parsed(extra_args, prompt.get(INDEX_KEY))
-        asked = emphasis is not None and not emphasis.is_off
+        if emphasis is not None and emphasis.is_off:
+            return None
+        asked = emphasis is not None
         if self.config is None:
             if asked:
                 raise EmphasisError(
@@ -267,7 +271,8 @@ class Admission:
         spans, factors = strongest(located.marks, alpha)
         resolved = ResolvedEmphasis(spans, alpha, heads, len(located.token_ids), factors)
         text = None if located.tokenized is None else located.tokenized.text
-        return Resolution(resolved, located.token_ids, text, located.spans, located.factors)
+        index, _ = prompt.get(INDEX_KEY) or (0, 1)
+        return Resolution(resolved, located.token_ids, text, located.spans, located.factors, index)
 
     @staticmethod
     def _parsed(extra_args: Mapping[str, Any], index: tuple[int, int] | None) -> Emphasis | None:

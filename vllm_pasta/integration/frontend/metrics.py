@@ -43,7 +43,7 @@ def counters() -> Counters:
 
 
 _REASON = re.compile(
-    r"emphasis([._](alpha|chars|heads|keep_marks|markup|spans|text)(\.[a-z]+)?)?"
+    r"emphasis([._](alpha|chars|heads|keep_marks|markup|prompts|spans|text)(\.[a-z]+)?)?"
     r"|return_emphasis|markup"
 )
 
@@ -73,7 +73,7 @@ def reported(resolution: Resolution, decode: Callable[[list[int]], str]) -> None
 def _append(
     entries: list[dict[str, Any]], resolution: Resolution, decode: Callable[[list[int]], str]
 ) -> None:
-    entries.append({"prompt": len(entries), "emphasised": resolution.report(decode)})
+    entries.append({"prompt": resolution.prompt, "emphasised": resolution.report(decode)})
 
 
 def refused(field: str | None) -> None:

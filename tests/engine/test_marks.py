@@ -1,0 +1,116 @@
+"""Marks offline, through `LLM`: what the server's tests cannot see, the prompt's tokens."""
+
+import pytest
+import vllm
+
+from vllm_pasta import BeamSearchParams, EmphasisError, SamplingParams
+
+WORDS = " ".join(f"word{i % 7}" for i in range(200))
+TAGGED = " ".join(f"<emphasis>word{i % 7}</emphasis>" for i in range(200))
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content.split('</think>')[-1] }}\n{% endfor %}"
+)
+
+
+def params(emphasis, **options):
+    return SamplingParams(
+        **{"temperature": 0, "max_tokens": 4, "extra": {"emphasis": emphasis}, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def generate(smollm2_engine):
+    def run(prompt, sampling_params):
+        return smollm2_engine.generate(prompt, sampling_params, use_tqdm=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ids(smollm2_engine):
+    return lambda text: smollm2_engine.get_tokenizer()(text).input_ids
+
+
+def test_tags_count_against_no_length(generate, ids):
+    """More tokens with tags than the model's length, fewer without: as the text without them."""
+    assert len(ids(WORDS)) < 1024 - 4 < len(ids(TAGGED))
+    (request,) = generate(TAGGED, params({"markup": "tag"}))
+    assert request.prompt_token_ids == ids(WORDS)
+    with pytest.raises(ValueError, match="maximum context length"):
+        generate(TAGGED, params(None))
+
+
+def test_truncation_counts_without_tags(smollm2_engine, ids):
+    """What is left are tokens of the text without tags, and the marks in them."""
+    (request,) = smollm2_engine.generate(
+        "<emphasis>Name</emphasis> a colour, please.", params({"markup": "tag"}), use_tqdm=False,
+        tokenization_kwargs={"truncate_prompt_tokens": 3, "truncation_side": "right"},
+    )  # fmt: skip
+    assert request.prompt_token_ids == ids("Name a colour, please.")[:3]
+
+
+def test_in_a_chat(smollm2_engine):
+    """The same through a chat template; and the conversation given is not changed."""
+    messages = [[{"role": "user", "content": text}] for text in (WORDS, TAGGED)]
+    before = repr(messages)
+    plain, tagged = smollm2_engine.chat(
+        messages, [params(None), params({"markup": "tag"})], use_tqdm=False
+    )
+    assert plain.prompt_token_ids == tagged.prompt_token_ids
+    assert repr(messages) == before
+
+
+def test_beam_search(smollm2_engine, ids):
+    beams = BeamSearchParams(beam_width=2, max_tokens=2, extra={"emphasis": {"markup": "tag"}})
+    (found,) = smollm2_engine.beam_search([{"prompt": TAGGED}], beams)
+    assert found.sequences[0].tokens[: len(ids(WORDS))] == ids(WORDS)
+
+
+def test_which_prompt_of_a_list(generate, ids):
+    """Offline too the error says which; each prompt is read by its own params."""
+    prompts = ["Ann in Oslo", "Ben in <emphasis>Oslo</emphasis>", "Cy in Rome"]
+    with pytest.raises(EmphasisError, match=r"^prompt 2: emphasis.text\[0\]: 'Oslo' is not"):
+        generate(prompts, params("Oslo"))
+    tagged = generate(prompts, [params("Oslo"), params({"markup": "tag"}), params(None)])[1]
+    assert tagged.prompt_token_ids == ids("Ben in Oslo")
+    with pytest.raises(EmphasisError, match="prompt 1: markup: </emphasis>"):
+        generate(["a", "b</emphasis>"], params({"markup": "tag"}))
+
+
+def test_one_emphasis_for_each_prompt(generate):
+    each = {"prompts": ["Oslo", None]}
+    alone = [generate("In Oslo", params("Oslo")), generate("In Rome", params(None))]
+    together = generate(["In Oslo", "In Rome"], params(each))
+    assert [r.outputs[0].token_ids for r in together] == [r[0].outputs[0].token_ids for r in alone]
+    with pytest.raises(EmphasisError, match="there are 3 prompts, got 2"):
+        generate(["In Oslo"] * 3, params(each))
+
+
+@pytest.mark.parametrize("off", [None, False, {}, {"markup": "off"}])
+def test_off(off, generate):
+    plain = generate("In Oslo", vllm.SamplingParams(temperature=0, max_tokens=4))
+    assert generate("In Oslo", params(off))[0].outputs[0].token_ids == plain[0].outputs[0].token_ids
+
+
+def test_markup_that_marks_nothing(generate):
+    with pytest.raises(EmphasisError, match="nothing is emphasised: <Emphasis> at character 0"):
+        generate("<Emphasis>a</Emphasis>", params({"markup": "tag"}))
+    assert generate("Nothing here.", params({"markup": "tag"}))
+
+
+def test_template_that_cuts(smollm2_engine):
+    """A mark on a whole message is on what the template shows of it."""
+    messages = [
+        {"role": "assistant", "content": "<think>Red it is.</think>It is red."},
+        {"role": "user", "content": "Another one?"},
+    ]
+
+    def chat(emphasis):
+        (reply,) = smollm2_engine.chat(
+            messages, params(emphasis), chat_template=TEMPLATE, use_tqdm=False
+        )
+        return list(reply.outputs[0].token_ids)
+
+    assert chat([{"message": 0}]) == chat({"text": "It is red."}) == chat([{"role": "assistant"}])
+    with pytest.raises(EmphasisError, match="leaves this part of message 0 out"):
+        chat([{"message": 0, "text": "Red"}])
