@@ -53,7 +53,7 @@ def test_chat(example):
 def test_beam_search(example):
     lines = example("beam_search.py").splitlines()
     assert [line.split(",")[0] for line in lines] == ["plain"] * 2 + ["emphasised"] * 2
-    assert "Brazil" not in "".join(lines[:2])
+    assert "Germany" in lines[0]
     assert "Brazil" in lines[2]
 
 
