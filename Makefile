@@ -10,10 +10,10 @@ VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
 PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test check fast format docs upstream bench heads clean
+.PHONY: help setup demo test test-all check fast format docs upstream bench heads clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 setup: $(STAMP) ## install the pinned CPU stack into .venv
 
@@ -26,8 +26,16 @@ $(STAMP): $(PINNED)
 demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
 	$(VENV)/bin/vllm-pasta demo
 
-test: check ## linters, type checker, tests
-	$(VENV)/bin/pytest -q -ra --durations=10
+# Two workers, each with half of the cores: most of a test is Python. Tests that need the same server
+# or engine share a worker, and what takes long comes first (tests/conftest.py).
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/pytest -q -ra --durations=10 -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+test: check ## linters, type checker, tests (WORKERS=4 on a larger machine)
+	$(PYTEST)
+
+test-all: check ## and slow variants of them
+	$(PYTEST) -m ""
 
 upstream: $(STAMP) ## what another vLLM changes that the plugin builds on: VERSION=0.33.0
 	$(VENV)/bin/python -m tools.check_upstream $(VERSION)
@@ -48,10 +56,11 @@ check: $(STAMP) ## linters, type checker, import rules, links of the documents
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 
 fast: check ## the checks and the unit tests: before every commit
-	$(VENV)/bin/pytest -q tests/unit
+	$(PYTEST) tests/unit
 
 format: $(STAMP) ## format the code as `make check` wants it
 	$(VENV)/bin/ruff check --fix .
