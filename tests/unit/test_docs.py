@@ -13,8 +13,8 @@ from vllm_pasta.request.heads import bundled
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("*/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
-    ROOT / "patches/README.md",
 ]
 
 BLOCK = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.DOTALL | re.MULTILINE)
@@ -122,3 +122,10 @@ def test_what_operators_use_is_listed():
     }
     assert len(counters) >= 4
     assert not {name for name in names if name not in text}
+
+
+def test_the_actor_is_named():
+    """The documents say "the plugin", "vLLM", "the GPU path"."""
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.findall(r"\b(ours|theirs|[Ww]e|[Oo]ur|GPU's way)\b", text), path.name
