@@ -36,7 +36,7 @@ def test_tags_count_against_no_length(generate, ids):
     assert len(ids(WORDS)) < 1024 - 4 < len(ids(TAGGED))
     (request,) = generate(TAGGED, params({"markup": "tag"}))
     assert request.prompt_token_ids == ids(WORDS)
-    with pytest.raises(ValueError, match="maximum context length"):
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match="maximum context length"):
         generate(TAGGED, params(None))
 
 

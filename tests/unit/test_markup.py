@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from vllm_pasta import EmphasisError
-from vllm_pasta.request import markdown
-from vllm_pasta.request.markup import Markup, read_markdown, read_stars, read_tags
+from vllm_pasta.request.markup import Markup, markdown, read_markdown, read_stars, read_tags
 
 
 def inside(marked):

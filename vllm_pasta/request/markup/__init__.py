@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from vllm_pasta.errors import EmphasisError
-from vllm_pasta.request import markdown
 from vllm_pasta.request.marks import parse_alpha
+from vllm_pasta.request.markup import markdown
 
 Range = tuple[int, int]
 
