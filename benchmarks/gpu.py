@@ -59,7 +59,7 @@ def phases(out: Path, dry: bool) -> list[list[Step]]:
         return [
             [
                 Step("verify", [*verify, "--shape", "tiny", "--runs", "1"], 600, "verify.json"),
-                Step("tests", [*tests, "-m", "gpu", "-k", "no and graphs"], 300),
+                Step("tests", [*tests, "-m", "cuda", "-k", "no and graphs"], 300),
             ],
             [Step("kernel", kernel, 60)],
             [Step("engine", [*engine, "--tiny", "--shape", "tiny", "--runs", "1"], 600)],

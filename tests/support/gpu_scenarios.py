@@ -23,8 +23,9 @@ ON_CPU = os.environ.get("VLLM_PASTA_GPU_TESTS") == "cpu"
 WORKERS = 1 if ON_CPU else 4
 """Engines at once. Their models are tiny, and starting one is mostly the host's work."""
 
-INVALID = "is not valid for this configuration. Reason: "
-"""What vLLM says of a backend that cannot run a model on this GPU, with the plugin or without."""
+INVALID = "is not valid for this configuration. Reason: ['"
+"""What vLLM says of a backend that cannot run a model on this GPU, with the plugin or without. An
+error while the backend is imported reads otherwise (no quote), and is no reason to skip."""
 
 HEAD = {"head_dim": 64}  # FlashInfer has kernels for 64, 128 and 256
 MODELS = {
