@@ -250,6 +250,7 @@ STEPS = {"mixed": MIXED, "decode": DECODE}
         {"block_size": 128},
         {"head_size": 80},
         {"head_size": 256, "num_kv_heads": 1},
+        {"num_kv_heads": 4},
         {"num_heads": 6},
         {"window": 24},
         {"window": 5, "sinks": True},
@@ -258,7 +259,6 @@ STEPS = {"mixed": MIXED, "decode": DECODE}
         {"window": 40, "soft_cap": 5.0, "alibi": True},
         # Sizes that meet no other branch, and features that are above one by one.
         pytest.param({"block_size": 32, "head_size": 128}, marks=pytest.mark.slow),
-        pytest.param({"num_kv_heads": 4}, marks=pytest.mark.slow),
         pytest.param({"num_heads": 40, "num_kv_heads": 5}, marks=pytest.mark.slow),
         pytest.param({"alibi": True, "nhd": True}, marks=pytest.mark.slow),
     ],
