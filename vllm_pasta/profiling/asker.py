@@ -15,6 +15,7 @@ from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.methods import Head, Method
 from vllm_pasta.profiling.prompts import Prompt, Prompter
 from vllm_pasta.profiling.store import Store, Trial
+from vllm_pasta.request.shape import attention_layers
 from vllm_pasta.tasks import Answer, Probe
 
 CHUNK = 1024
@@ -23,18 +24,13 @@ CHUNK = 1024
 Shots = Callable[[Trial], Sequence[Probe]]
 
 
-def num_heads(model: str) -> tuple[int, int]:
-    """Number of layers, and of query heads in each, by the model's configuration."""
+def every_head(model: str) -> list[Head]:
+    """All heads of a model by its configuration, in order; layers without attention have none."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
-    return config.num_hidden_layers, config.num_attention_heads
-
-
-def every_head(model: str) -> list[Head]:
-    """All heads of a model, in order."""
-    layers, heads = num_heads(model)
-    return [(layer, head) for layer in range(layers) for head in range(heads)]
+    layers = attention_layers(config, config.num_hidden_layers)
+    return [(layer, head) for layer in layers for head in range(config.num_attention_heads)]
 
 
 def versions() -> dict[str, str]:
