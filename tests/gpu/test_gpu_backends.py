@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from patches.check_upstream import _GPU as BASES
+from tools.check_upstream import _GPU as BASES
 from vllm_pasta.errors import ConfigError, UnsupportedError
 from vllm_pasta.integration import plugin, registry, support
 from vllm_pasta.integration.worker import gpu, rows
