@@ -3,7 +3,7 @@
     python -m benchmarks.gpu OUT            # on a machine with a GPU, in the project's root
     python -m benchmarks.gpu OUT --dry-run  # the same on any machine, with a tiny model
 
-First `vllm-pasta verify` and `pytest -m gpu` run side by side (so that verify's throughput is no
+First `vllm-pasta verify` and `pytest -m cuda` run side by side (so that verify's throughput is no
 measurement), then the kernel benchmark and the engine benchmark, one after the other. A step that
 fails, or that takes longer than it may, does not stop the others. OUT gets a log of each step, its
 results as JSON, and summary.json with exit statuses and times. The exit status is 0 if all steps
@@ -59,13 +59,13 @@ def phases(out: Path, dry: bool) -> list[list[Step]]:
         return [
             [
                 Step("verify", [*verify, "--shape", "tiny", "--runs", "1"], 600, "verify.json"),
-                Step("tests", [*tests, "-m", "gpu", "-k", "no graphs"], 300),
+                Step("tests", [*tests, "-m", "gpu", "-k", "no and graphs"], 300),
             ],
             [Step("kernel", kernel, 60)],
             [Step("engine", [*engine, "--tiny", "--shape", "tiny", "--runs", "1"], 600)],
         ]
     return [
-        [Step("verify", verify, 270, "verify.json"), Step("tests", [*tests, "-m", "gpu"], 280)],
+        [Step("verify", verify, 270, "verify.json"), Step("tests", [*tests, "-m", "cuda"], 280)],
         [Step("kernel", kernel, 80)],
         [Step("engine", [*engine, "--runs", "2"], 250)],
     ]

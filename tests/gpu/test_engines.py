@@ -16,7 +16,7 @@ from gpu_scenarios import INVALID, ON_CPU, SCENARIOS, Fleet
 from vllm_pasta.verify.exactness import Judge
 from vllm_pasta.verify.run import SLOTS
 
-pytestmark = [] if ON_CPU else [pytest.mark.gpu]
+pytestmark = [] if ON_CPU else [pytest.mark.cuda]
 
 
 @pytest.fixture(scope="module")

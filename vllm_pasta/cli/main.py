@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from vllm_pasta._version import __version__
+from vllm_pasta import __version__
 from vllm_pasta.cli import demo, eval, explain, profile, verify
 from vllm_pasta.errors import PastaError
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_pasta._version import __version__
+from vllm_pasta import __version__
 from vllm_pasta.errors import PastaError
 from vllm_pasta.verify import models
 from vllm_pasta.verify.engine import Engine
