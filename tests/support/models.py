@@ -8,6 +8,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -89,6 +90,48 @@ def tiny_model(folder, model_type, dtype=torch.float32, **options):
             # Else the last token is repeated for ever. Gemma adds 1.
             torch.nn.init.normal_(parameter, -1.0 if model_type == "gemma2" else 0.0)
     model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "image_size": 56, "patch_size": 14}  # fmt: skip
+MULTIMODAL = {  # model type -> its language model's options, and the rest
+    "qwen2_5_vl": (
+        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]}},
+        {"vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                           "out_hidden_size": 128, "fullatt_block_indexes": [1]},
+         "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7,
+         "vision_end_token_id": 8},
+    ),
+    "gemma3": (  # its image tokens attend both ways
+        {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 32},
+        {"vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 5,
+         "boi_token_index": 7, "eoi_token_index": 8},
+    ),
+    "mistral3": (
+        {"model_type": "mistral"},
+        {"vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 32},
+         "image_token_index": 5},
+    ),
+}  # fmt: skip
+
+
+def tiny_multimodal(folder, model_type):
+    """Saves a random model of MULTIMODAL: 4 layers of language model, a tiny vision tower."""
+    torch.manual_seed(0)
+    text, others = MULTIMODAL[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={
+            "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "max_position_embeddings": 2048, "initializer_range": 0.15,
+            "tie_word_embeddings": False, **text,
+        },
+        tie_word_embeddings=False,
+        **others,
+    )  # fmt: skip
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

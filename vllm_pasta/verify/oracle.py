@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
 
 
 @dataclass
@@ -117,7 +123,9 @@ class Oracle:
         kinds = getattr(config.get_text_config(), "layer_types", None) or ()
         # A recurrence's state has a cache of its own; without one, every step starts anew.
         self._recurs = any(kind in RECURRENCES for kind in kinds)
-        self.model = AutoModelForCausalLM.from_pretrained(
+        of_text = config.get_text_config() is config
+        loader = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+        self.model = loader.from_pretrained(
             path, dtype=dtype, attn_implementation="eager" if bloom else "pasta_oracle"
         )
         self.model = self.model.eval().to(device)
