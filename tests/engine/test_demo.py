@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.text import Text
@@ -123,6 +123,7 @@ def test_answers_keep_lines_and_indentation():
 
 
 @given(st.text(), st.text(), st.integers(60, 200))
+@example("word" * 30, "日本" * 40, 60)
 def test_columns_line_up_and_lose_nothing(left, right, width):
     """Whatever a model answers: wide, combining and control characters, words of any length."""
     left, right = (text.replace("│", "|") for text in (left, right))
