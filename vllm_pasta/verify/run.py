@@ -192,6 +192,7 @@ def configurations(machine: Machine) -> dict[str, tuple[dict[str, Any], dict[str
         graphs = {
             **common,
             "dtype": "bfloat16",
+            "block_size": 16,
             "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 32, 128]},
         }
         return {
