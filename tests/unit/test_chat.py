@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pasta import EmphasisError
-from vllm_pasta.request.alignment import Alignment
 from vllm_pasta.request.chat import Chat, locate_messages, read_messages
+from vllm_pasta.request.chat.alignment import Alignment
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup
 
