@@ -100,9 +100,10 @@ class Source:
                 yield name, path.read_text(encoding="utf-8")
 
     def find(self, module: str, qualname: str) -> tuple[str, ast.AST] | None:
-        """Text of the module and node of a class or function; imports are followed."""
+        """Text of the module and node of a class or function; imports and bases are followed."""
         found = self.module(module)
-        for name in qualname.split("."):
+        path = qualname.split(".")
+        for i, name in enumerate(path):
             if found is None:
                 return None
             text, scope = found
@@ -115,6 +116,11 @@ class Source:
                 stars = [n for n in nodes if isinstance(n, ast.ImportFrom) and "*" in _names(n)]
                 origins = (self.find(self.origin(module, n), qualname) for n in stars)
                 return next((origin for origin in origins if origin), None)
+            if node is None and isinstance(scope, ast.ClassDef):
+                rest = ".".join(path[i:])
+                bases = [base.id for base in scope.bases if isinstance(base, ast.Name)]
+                inherited = (self.find(module, f"{base}.{rest}") for base in bases)
+                return next((found for found in inherited if found), None)
             found = None if node is None else (text, node)
         return found
 

@@ -96,7 +96,8 @@ TOOLS = [
 ]
 TALK = [
     *chat(f"  {USER}\n", "Be <emphasis>brief</emphasis>."),
-    {"role": "assistant", "content": "Here it is: **red**"},
+    {"role": "user", "content": "Like **red**."},
+    {"role": "assistant", "content": "Here it is: **blue**"},
 ]
 
 
@@ -107,14 +108,18 @@ TALK = [
         ({"markup": "tag"}, ["brief"]),
         ({"markup": "markdown"}, ["red"]),
         ({"markup": "markdown", "keep_marks": False, "text": "brief"}, ["brief", "red"]),
-        ([{"role": "assistant"}, {"role": "user"}], [USER, "Here it is: **red**"]),
+        (
+            [{"role": "assistant"}, {"role": "user"}],
+            [USER, "Like **red**.", "Here it is: **blue**"],
+        ),
     ],
 )
 @pytest.mark.parametrize("ending", ["generation prompt", "nothing", "continued"])
 @pytest.mark.parametrize("tools", [None, TOOLS])
 def test_chat_templates(tools, ending, emphasis, marks, reported, tokenizer):
     """Tools that hold the same words and even marks, a template that strips, an open last message:
-    what is emphasised is in the messages, and what the template adds is left alone."""
+    what is emphasised is in the messages, and what the template adds is left alone. An assistant's
+    stars are text."""
     options = {
         "chat_template": TEMPLATE,
         "add_generation_prompt": ending == "generation prompt",
@@ -126,7 +131,7 @@ def test_chat_templates(tools, ending, emphasis, marks, reported, tokenizer):
     if isinstance(emphasis, dict) and emphasis["markup"] == "tag":
         messages[0]["content"] = "Be brief."
     if isinstance(emphasis, dict) and emphasis.get("keep_marks") is False:
-        messages[2]["content"] = "Here it is: red"
+        messages[2]["content"] = "Like red."
     prompt = render(tokenizer, messages, **options)
     assert request.prompt_token_ids == tokenizer(prompt).input_ids
     start = prompt.index("<|im_start|>system")
@@ -176,9 +181,12 @@ def test_prompt_logprobs_of_echo(smollm2_engine, tokenizer):
     assert rows[0] != pytest.approx(rows[2], abs=1e-2)
 
 
-def test_message_of_a_template_that_changes_it(reported):
-    """Refused where the template makes of a message what only it knows: here, its length."""
+def test_message_of_a_template_that_looks_into_it(reported, tokenizer):
+    """Found also where the template makes of a message what differs with marks in it: its length."""
     template = TEMPLATE.replace("m.content | trim", "(m.content | length) ~ m.content")
     mark = {"message": 1, "chars": [3, 9]}
-    with pytest.raises(ValueError, match="does not put this message into the prompt"):
-        reported("chat", chat(USER), params([mark]), chat_template=template)
+    (spans,), (request,) = reported("chat", chat(USER), params([mark]), chat_template=template)
+    ((start, end),) = spans
+    text = tokenizer.decode(request.prompt_token_ids[start:end])
+    assert USER[3:9].strip() in text
+    assert f"{len(USER)}{USER[:2]}" in tokenizer.decode(request.prompt_token_ids)
