@@ -50,7 +50,7 @@ class Machine:
     Attributes:
         device: Its name.
         is_gpu: Whether vLLM runs on CUDA.
-        has_fast_bf16: Whether vLLM's bf16 is fit for use: everywhere but on a CPU without AVX-512.
+        has_fast_bf16: Whether vLLM's bf16 is fit for use: not on an x86 CPU without AVX-512.
         memory_bytes: Of the GPU; of no meaning on a CPU.
     """
 
@@ -67,14 +67,15 @@ class Machine:
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(0)
             return cls(properties.name, True, True, properties.total_memory)
-        name, flags = platform.processor() or platform.machine(), ""
+        name = platform.processor() or platform.machine()
         cpuinfo = Path("/proc/cpuinfo")
         if cpuinfo.exists():
             lines = cpuinfo.read_text(encoding="utf-8").splitlines()
             name = next((x.split(":", 1)[1].strip() for x in lines if "model name" in x), name)
-            flags = next((x for x in lines if x.startswith("flags")), "")
         cores = len(os.sched_getaffinity(0))
-        return cls(f"{name}, cores: {cores}", False, "avx512f" in flags)
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        has_fast_bf16 = not is_x86 or torch.cpu._is_avx512_supported()
+        return cls(f"{name}, cores: {cores}", False, has_fast_bf16)
 
 
 @dataclass
@@ -248,17 +249,17 @@ def check_exactness(
                 "allowed": round(comparison.allowed, 6),
                 "seconds": round(answer["seconds"], 2),
             }
-            report.checks.append(_exact(f"{name}: exact, {what}", comparison))
+            report.checks.append(_exact(f"{name}: exact, {what}", comparison, answer["seconds"]))
         report.checks += _engine_did(name, requests, rounds[1])
 
 
-def _exact(name: str, comparison: Comparison) -> Check:
+def _exact(name: str, comparison: Comparison, seconds: float) -> Check:
     problems = comparison.problems()
     steered, plain = comparison.steered, comparison.plain
     detail = (
         f"{steered.equal_tokens + plain.equal_tokens} of {steered.tokens + plain.tokens} greedy "
         f"tokens equal; mean |Δ log p| steered {steered.mean:.2g}, plain {plain.mean:.2g}, "
-        f"without steering {_mean(steered.unsteered):.2g}"
+        f"without steering {_mean(steered.unsteered):.2g}; {seconds:.1f} s"
     )
     return Check(name, not problems, "; ".join([*problems, detail]) if problems else detail)
 
