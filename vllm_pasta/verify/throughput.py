@@ -142,7 +142,7 @@ class Pair:
             "disable_log_stats": True,
             "max_model_len": max(w.tokens for w in workloads) + 1,
             "gpu_memory_utilization": memory_utilization,
-            "kv_cache_memory_bytes": self.size.kv_bytes(tokens, element_bytes),
+            "kv_cache_memory_bytes": max(2**28, self.size.kv_bytes(tokens, element_bytes)),
             **options,
         }
         self.engines = {
