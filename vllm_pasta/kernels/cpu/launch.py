@@ -119,7 +119,7 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int64, "num_requests max_blocks"),
         *_fields(ctypes.c_void_p, "query_start query_len seq_len block_table"),
-        *_fields(ctypes.c_void_p, "first prompt_len span_offsets spans log_alpha"),
+        *_fields(ctypes.c_void_p, "first segment_offsets ends biases merge_weights merge_bases"),
     ]
 
 
@@ -151,11 +151,11 @@ def _batch(plan: StepPlan) -> _Batch:
             _address(name, getattr(plan, name))
             for name in ("query_start", "query_len", "seq_len", "block_table")
         ),
+        *(_address(name, getattr(static, name)) for name in ("first", "segment_offsets", "ends")),
         *(
-            _address(name, getattr(static, name))
-            for name in ("first", "prompt_len", "span_offsets", "spans")
+            _address(name, getattr(static, name), torch.float32)
+            for name in ("biases", "merge_weights", "merge_bases")
         ),
-        _address("log_alpha", static.log_alpha, torch.float32),
     )
 
 

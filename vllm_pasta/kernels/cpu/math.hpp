@@ -391,18 +391,18 @@ inline void add_values_amx(const float*, void*, const void*, const Strides&, lon
 // ---- Softmax ----------------------------------------------------------------------------------
 
 struct RowState {
-  f32 sum, kept;  // of all weights, and of those whose values are added up (U); 16 partial sums
+  f32 sum, kept;  // of all weights, and of those whose values are added up; 16 partial sums
   float max;
 };
 
-enum class Keep { NONE, UNBIASED, ALL };  // which keys' weights: none of a tile may be in U
+enum class Keep { NONE, SOME, ALL };  // of a tile's keys, those whose values are added up
 
-// Turns a row's products into weights exp(logit - max) of its `visible` first keys, with zeros for
-// those that are not kept and on to the row's end. Returns the factor that brings what was summed
+// Turns a row's products into weights exp(logit - max) of its `visible` first keys, times `keep`
+// where some are kept, with zeros on to the row's end. Returns the factor that brings what was summed
 // before to the new maximum.
 template <Keep KEEP>
-inline float softmax(float* row, long n, long visible, const float* bias, float scale,
-                     RowState& state) {
+inline float softmax(float* row, long n, long visible, const float* bias, const float* keep,
+                     float scale, RowState& state) {
   const i32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const float infinity = std::numeric_limits<float>::infinity();
   visible = std::clamp<long>(visible, 0, n);
@@ -427,7 +427,7 @@ inline float softmax(float* row, long n, long visible, const float* bias, float 
     f32 weight = exp(load<f32>(row + j) - new_max);
     sum += weight;
     if (KEEP == Keep::NONE) continue;
-    if (KEEP == Keep::UNBIASED) weight = load<f32>(bias + j) == 0.0f ? weight : f32{};
+    if (KEEP == Keep::SOME) weight *= load<f32>(keep + j);
     kept += weight;
     store(row + j, weight);
   }
@@ -438,13 +438,13 @@ inline float softmax(float* row, long n, long visible, const float* bias, float 
 }
 
 template <Keep KEEP>
-inline void softmax_rows(float* rows, const float* bias, uint64_t steered, long n, long visible,
-                         long num_heads, long num_rows, float scale, RowState* state,
-                         float* rescale) {
+inline void softmax_rows(float* rows, const float* bias, const float* keep, uint64_t steered,
+                         long n, long visible, long num_heads, long num_rows, float scale,
+                         RowState* state, float* rescale) {
   static const float none[MAX_KEYS] = {};
   for (long m = 0; m < num_rows; ++m)
     rescale[m] *= softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads,
-                                steered >> m % num_heads & 1 ? bias : none, scale, state[m]);
+                                steered >> m % num_heads & 1 ? bias : none, keep, scale, state[m]);
 }
 
 }  // namespace
