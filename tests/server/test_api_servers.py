@@ -2,16 +2,15 @@
 /metrics."""
 
 import json
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
+from conftest import ALL_CORES
 from models import random_ids
 from prometheus_client.mmap_dict import MmapedDict
-from servers import SERVE, VLLM, metric, running
+from servers import SERVE, VLLM, http, metric, running
 
 from vllm_pasta.verify.oracle import Steering
 
@@ -32,9 +31,8 @@ def server(tiny, counters, tmp_path_factory):
     (folder / "heads.json").write_text(json.dumps(HEADS))
     command = [VLLM, "serve", tiny, *SERVE, "--api-server-count", "2", "--data-parallel-size", "2",
                "--pasta-heads", folder / "heads.json"]  # fmt: skip
-    cores = sorted(os.sched_getaffinity(0))
     env = {"PROMETHEUS_MULTIPROC_DIR": str(counters),
-           "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}  # fmt: skip
+           "VLLM_CPU_OMP_THREADS_BIND": f"{ALL_CORES[0]}|{ALL_CORES[-1]}"}  # fmt: skip
     with running([(command, env)], folder) as (url,):
         yield url
 
@@ -60,7 +58,7 @@ def test_two_api_servers(server, counters, tiny_oracle):
     def ask(i):
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 8, "temperature": 0,
                 "ignore_eos": True, "return_token_ids": True, "emphasis": asked[i % 3]}  # fmt: skip
-        reply = httpx.post(f"{server}/v1/completions", json=body, timeout=60)
+        reply = http.post(f"{server}/v1/completions", json=body)
         if reply.status_code == 400:
             return reply.json()["error"]["message"]
         return reply.json()["choices"][0]["token_ids"]

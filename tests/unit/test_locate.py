@@ -1,5 +1,7 @@
 """Marks to token ranges, over byte-level BPE, SentencePiece-like and WordPiece tokenizers."""
 
+from functools import cache
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -79,9 +81,14 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
+@cache  # a locator copies the tokenizer once: half a second for SmolLM2's
+def locator(tokenizer):
+    return Locator(lambda: tokenizer)
+
+
 def locate(tokenizer, ids, prompt, *, chat=None, markup=None, **fields):
     emphasis = Emphasis.parse({KEY: fields}) if fields else Emphasis()
-    return Locator(lambda: tokenizer).locate(emphasis, markup or Markup(), ids, prompt, chat)
+    return locator(tokenizer).locate(emphasis, markup or Markup(), ids, prompt, chat)
 
 
 def letters(tokenizer, ids):

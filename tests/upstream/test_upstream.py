@@ -9,27 +9,35 @@ from pathlib import Path
 import pytest
 from conftest import start
 
-from patches import check_upstream
+from tools import check_upstream
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import plugin, upstream
+from vllm_pasta.integration import attach, plugin
 
 LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
 
 
-@pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.target)
+@pytest.mark.parametrize("patch", attach.PATCHES, ids=lambda patch: patch.target)
 def test_upstream_unchanged(patch):
     """Fails when vLLM changes a wrapped function: read it again, then record its new digest."""
     assert patch.source_digest in patch.digests.split()
 
 
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector"
+
+
 def test_check_of_another_release(tmp_path):
-    """Of a vLLM in which a wrapped function changed, an imported name is gone and an overridden
-    method takes other parameters, exactly that is found; in the wheel as in a folder."""
+    """In a vLLM in which a wrapped function changed, another moved to a new file, a third is called
+    otherwise and imported by name, an imported name is gone and an overridden method takes other
+    parameters, exactly that is found; in the wheel as in a folder."""
+    by_name = "from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys as keys\n"
     changed = {
         "vllm/v1/core/kv_cache_utils.py": ("generate_block_hash_extra_keys(", "return", "1;return"),
         "vllm/exceptions.py": ("class VLLMValidationError(", "VLLMValidationError", "Renamed"),
         "vllm/v1/attention/backends/cpu_attn.py": ("    def build(", "fast_build:", "faster:"),
+        "vllm/v1/engine/llm_engine.py": ("self.input_processor.process_inputs(", "(", "(1, "),
+        "vllm/v1/engine/detokenizer.py": ("import tokenizers", "import", f"{by_name}import"),
     }  # fmt: skip
+    moved = {f"{CONNECTORS.replace('.', '/')}/factory.py": f"{CONNECTORS.replace('.', '/')}/new.py"}
     wheel = tmp_path / "vllm-9.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in check_upstream.installed().glob("vllm/**/*.py"):
@@ -38,15 +46,19 @@ def test_check_of_another_release(tmp_path):
             if name in changed:
                 place, old, new = changed[name]
                 before, found, after = text.partition(place)
+                assert found
                 text = before + (found + after).replace(old, new, 1)
-            archive.writestr(name, text)
+            archive.writestr(moved.get(name, name), text)
     old, new = (check_upstream.Source(p) for p in (check_upstream.installed(), wheel))
     assert {f.state for f in check_upstream.check(old, old)} == {"unchanged"}
-    assert {
-        (f.state, f.what) for f in check_upstream.check(old, new) if f.state != "unchanged"
-    } == {
+    findings = [f for f in check_upstream.check(old, new) if f.state != "unchanged"]
+    assert {(f.state, f.what) for f in findings} == {
         ("changed", "wrapped vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"),
         ("changed", "wrapped vllm.v1.core.block_pool:generate_block_hash_extra_keys"),
+        ("changed", "calls of process_inputs"),
+        ("changed", "calls of get_connector_class"),  # itself among the callers that moved
+        ("new", "import by name vllm.v1.engine.detokenizer:keys"),
+        ("moved", f"wrapped {CONNECTORS}.factory:KVConnectorFactory.get_connector_class"),
         ("gone", "imported vllm.exceptions:VLLMValidationError"),
         ("gone", "overridden vllm.exceptions:VLLMValidationError.__init__"),
         ("gone", "overridden vllm.exceptions:VLLMValidationError.__str__"),
@@ -55,13 +67,14 @@ def test_check_of_another_release(tmp_path):
             "overridden vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
         ),
     }
+    assert [f.detail for f in findings if f.state == "moved"] == [f"now in {CONNECTORS}.new"]
 
 
 def test_ledger_is_complete():
     """One entry per patch, with every heading; none for what is gone."""
     text = LEDGER.read_text(encoding="utf-8")
     entries = re.split(r"^## ", text.partition("\n# Ledger\n")[2], flags=re.M)[1:]
-    assert {entry.split("`")[1] for entry in entries} == {p.target for p in upstream.PATCHES}
+    assert {entry.split("`")[1] for entry in entries} == {p.target for p in attach.PATCHES}
     for entry in entries:
         for heading in ("why", "how", "upstream status", "can go when"):
             assert heading in entry.lower(), entry
@@ -70,9 +83,9 @@ def test_ledger_is_complete():
 def test_register_twice():
     """Idempotent: a second call wraps nothing twice."""
     plugin.register()
-    functions = [patch.function for patch in upstream.PATCHES]
+    functions = [patch.function for patch in attach.PATCHES]
     plugin.register()
-    assert functions == [patch.function for patch in upstream.PATCHES]
+    assert functions == [patch.function for patch in attach.PATCHES]
 
 
 def test_other_vllm_is_refused(monkeypatch):
@@ -109,9 +122,9 @@ def test_switched_off():
     """With VLLM_PLUGINS= nothing of vLLM is changed."""
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"
-        "from vllm_pasta.integration import upstream;"
+        "from vllm_pasta.integration import patching;"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
-        "print(upstream.is_applied(), E.CPU_ATTN.is_overridden())"
+        "print(patching.is_applied(), E.CPU_ATTN.is_overridden())"
     )
     for plugins, answer in (("", "False False"), ("pasta", "True True"), ("other", "False False")):
         result = subprocess.run(

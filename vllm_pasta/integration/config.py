@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
-from vllm_pasta.errors import ConfigError, HeadSetError
+from vllm_pasta.errors import ConfigError
 from vllm_pasta.request.emphasis import MARKUPS, parse_alpha
-from vllm_pasta.request.heads import HeadSet, bundled
+from vllm_pasta.request.heads import HeadSet, bundled, find
 from vllm_pasta.request.markup import Markup
 
 if TYPE_CHECKING:
@@ -112,9 +112,4 @@ def _head_set(value: Any, known: Mapping[str, HeadSet]) -> HeadSet:
         return HeadSet.from_json(value)
     if not isinstance(value, str):
         raise ConfigError(f"expected a head set's path, name or object, got {value!r:.80}")
-    if value in known:
-        return known[value]
-    try:
-        return HeadSet.load(value)
-    except HeadSetError as e:
-        raise HeadSetError(f"{e}. Head sets known by name: {', '.join(sorted(known))}") from e
+    return find(value, known)

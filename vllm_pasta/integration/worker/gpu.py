@@ -19,8 +19,8 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import upstream
-from vllm_pasta.integration.plugin import GPU_BACKENDS
+from vllm_pasta.integration import patching
+from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.worker import lse
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steer
 from vllm_pasta.integration.worker.rows import EmphasisRows
@@ -211,5 +211,5 @@ def __getattr__(name: str) -> type[AttentionBackend]:
         # vLLM's selector names a class by `full_cls_name`, and looks that name up in this module.
         made.__qualname__ = name
         _made[name] = made
-        upstream.apply_backend(name)
+        patching.apply_backend(name)
     return _made[name]

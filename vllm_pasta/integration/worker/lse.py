@@ -4,13 +4,14 @@ With it a steered head costs attention over the emphasised and generated tokens 
 over all (``kernels.triton``). Asked for only around the forward of a layer that is to be steered.
 """
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from vllm_pasta.integration.patching import Patch
 
 VERSIONS = (2, 3)
 """Of FlashAttention, whose log-sum-exp vLLM's own decode context parallelism relies on."""
@@ -69,15 +70,21 @@ def asking(impl: Any) -> Iterator[Answer]:
         _answer.is_wanted, impl.on_softmax_lse = False, None
 
 
-def flash_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+def _flash_attention(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wraps vLLM's one call of FlashAttention for decoder layers."""
+    if not _answer.is_wanted:
+        return original(*args, **kwargs)
+    output, lse, *_ = original(*args, **{**kwargs, "return_softmax_lse": True})
+    _answer.take(lse)
+    return output
 
-    @functools.wraps(original)
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if not _answer.is_wanted:
-            return original(*args, **kwargs)
-        output, lse, *_ = original(*args, **{**kwargs, "return_softmax_lse": True})
-        _answer.take(lse)
-        return output
 
-    return kernel
+PATCHES = (
+    Patch(
+        "vllm.v1.attention.backends.flash_attn:FA4DenseAttentionKernel.kernel",
+        _flash_attention,
+        "c5faf0462409",
+        "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
+        backend="FLASH_ATTN",
+    ),
+)
