@@ -296,6 +296,13 @@ CASES = {
             ("window-and-sinks", 0.01, (0.1, 0.2, 3.0, 0.02), {}, {**SINKS, "window": 9}),
         )
     },
+    # Were it merged, large numbers would cancel out.
+    "strengths-far-below-alpha": Case(
+        [
+            prefill(131, alpha=0.5, spans=((1, 131),), factors=(1e-6,)),
+            decode(290, alpha=0.5, spans=((1, 290),), factors=(1e-6,), heads=(0, 1, 2, 3)),
+        ]
+    ),
     "strengths-split-keys": Case(
         [decode(4001, spans=((100, 101), (900, 2000), (3000, 3900)), factors=(3.0, 0.1, 0.5))]
     ),
@@ -430,7 +437,7 @@ def strengths(draw) -> Case:
 
 
 @given(strengths())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 def test_any_strengths_agree_with_dense(case):
     """A factor at a wrong key, a merge where there must be none, or one that loses digits."""
     truth = case.dense(torch.float64)

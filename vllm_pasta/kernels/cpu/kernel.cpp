@@ -87,21 +87,26 @@ struct Merge {  // the units that share query rows and have different keys
   long unit, count;
 };
 
-struct Scratch {  // one thread's; as vectors, so that rows start at cache lines
-  std::vector<f32> query, query16, logits, weights16, sums, bias, keep;  // 16: in bf16, for AMX
+struct alignas(64) CacheLine {
+  float values[16];
+};
+using Buffer = std::vector<CacheLine>;
+
+struct Scratch {  // one thread's
+  Buffer query, query16, logits, weights16, sums, bias, keep;  // 16: in bf16, for AMX
   void resize(long head_size) {
-    query.resize(MAX_ROWS * head_size / LANES);
-    query16.resize(MAX_ROWS * head_size / LANES / 2);
-    logits.resize(MAX_ROWS * KEY_STRIDE / LANES);
-    weights16.resize(MAX_ROWS * KEY_STRIDE / LANES / 2);
-    sums.resize(MAX_ROWS * head_size / LANES);
-    bias.resize(MAX_KEYS / LANES);
-    keep.resize(MAX_KEYS / LANES);
+    query.resize(MAX_ROWS * head_size / 16);
+    query16.resize(MAX_ROWS * head_size / 32);
+    logits.resize(MAX_ROWS * KEY_STRIDE / 16);
+    weights16.resize(MAX_ROWS * KEY_STRIDE / 32);
+    sums.resize(MAX_ROWS * head_size / 16);
+    bias.resize(MAX_KEYS / 16);
+    keep.resize(MAX_KEYS / 16);
   }
 };
 
 template <class T>
-T* as(std::vector<f32>& buffer) {
+T* as(Buffer& buffer) {
   return reinterpret_cast<T*>(buffer.data());
 }
 
@@ -238,7 +243,7 @@ struct Kernel {
 
   // Products of the tile at `key` to logits, before the bias.
   void shape_logits(const Unit& unit, long first_position, long key, long n, float* logits) const {
-    const f32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const f32 lane = __builtin_convertvector(lanes(), f32);
     for (long m = 0; m < unit.rows * unit.num_heads; ++m, logits += KEY_STRIDE) {
       const long position = first_position + m / unit.num_heads;
       const int32_t head = unit.heads[m % unit.num_heads];
