@@ -1,10 +1,9 @@
 """An independent reference: PASTA on transformers, one sequence at a time.
 
-An attention function with an additive bias: for a steered head, log(alpha) on every key of the
-prompt outside the emphasised ranges. Imports nothing of vllm-pasta.
+An attention function with an additive bias: for a steered head, the log of its factor on every key
+of the prompt: alpha outside the emphasised ranges. Imports nothing of vllm-pasta.
 """
 
-import math
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,18 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
 
 
 @dataclass
 class Steering:
-    """``spans`` of token positions, ``heads`` as {layer: [query heads]}."""
+    """``spans`` of token positions, ``heads`` as {layer: [query heads]}, ``factors`` of the spans.
+
+    Where spans overlap, the largest factor counts; None means that all are 1.
+    """
 
     spans: list[tuple[int, int]]
     heads: dict[int, list[int]]
     alpha: float
     prompt_len: int
+    factors: list[float] | None = None
 
+    def key_factors(self, count: int) -> torch.Tensor:
+        """By how much attention to each of the first ``count`` tokens is scaled: float64."""
+        result = torch.full((count,), self.alpha, dtype=torch.float64)
+        factors = self.factors or [1.0] * len(self.spans)
+        for factor, (start, end) in sorted(zip(factors, self.spans, strict=True)):
+            result[start:end] = factor  # the largest comes last
+        result[self.prompt_len :] = 1.0
+        return result
+
+
+RECURRENCES = ("conv", "hybrid", "linear_attention", "mamba")
+"""Kinds of layers, in configurations, that keep a state from token to token."""
 
 _current: Steering | None = None
 
@@ -48,15 +69,12 @@ def _add_bias(logits: torch.Tensor, layer: int, position: torch.Tensor) -> None:
     """
     if _current is None or layer not in _current.heads:
         return
-    emphasised = {t for a, b in _current.spans for t in range(a, b)}
-    bias = torch.tensor(
-        [
-            math.log(_current.alpha) if t < _current.prompt_len and t not in emphasised else 0.0
-            for t in range(logits.shape[-1])
-        ],
-        device=logits.device,
-    )
-    steered = position >= min(emphasised)
+    factors = _current.key_factors(logits.shape[-1])
+    marked = (factors[: _current.prompt_len] != _current.alpha).nonzero()
+    if len(marked) == 0:
+        return
+    bias = factors.log().float().to(logits.device)
+    steered = position >= int(marked[0])
     for head in _current.heads[layer]:
         logits[:, head] += torch.where(steered[:, None], bias, 0.0)
 
@@ -109,8 +127,14 @@ class Oracle:
     def __init__(
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> None:
-        bloom = AutoConfig.from_pretrained(path).model_type == "bloom"
-        self.model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path)
+        bloom = config.model_type == "bloom"
+        kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+        # A recurrence's state has a cache of its own; without one, every step starts anew.
+        self._recurs = any(kind in RECURRENCES for kind in kinds)
+        of_text = config.get_text_config() is config
+        loader = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+        self.model = loader.from_pretrained(
             path, dtype=dtype, attn_implementation="eager" if bloom else "pasta_oracle"
         )
         self.model = self.model.eval().to(device)
@@ -129,15 +153,14 @@ class Oracle:
         tokens: list[int] = []
         rows: list[torch.Tensor] = []
         with _steering(steering):
-            ids, cache = self._ids(prompt_ids), DynamicCache()  # keeps all keys
+            ids, cache = self._ids(prompt_ids), None if self._recurs else DynamicCache()
             while len(tokens) < max_tokens:
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=not self._recurs)
                 rows.append(out.logits[0, -1].float().log_softmax(-1).cpu())
                 tokens.append(int(rows[-1].argmax()))
                 if tokens[-1] in stop_ids:
                     break
-                ids = self._ids(tokens[-1:])
+                ids = self._ids([*prompt_ids, *tokens] if self._recurs else tokens[-1:])
         return tokens, torch.stack(rows)
 
     def prompt_logprobs(
