@@ -309,10 +309,14 @@ def exact_model(options: Options, machine: Machine, folder: Path) -> tuple[str |
 def num_parameters(model: str) -> int:
     """Of a model's architecture, without loading its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    config = AutoConfig.from_pretrained(model)
+    of_text = config.get_text_config() is config
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        made = (AutoModelForCausalLM if of_text else AutoModelForImageTextToText).from_config(
+            config
+        )
     return sum(parameter.numel() for parameter in made.parameters())
 
 

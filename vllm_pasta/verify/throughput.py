@@ -66,7 +66,8 @@ class Workload:
     def _emphasis(self, rng: random.Random, size: Size) -> dict[str, Any]:
         length = min(self.emphasised_tokens, self.prompt_tokens)
         start = rng.randrange(max(1, self.prompt_tokens // 2 - length))
-        layers = sorted(rng.sample(range(size.layers), max(1, round(self.layers * size.layers))))
+        among = size.attention_layers
+        layers = sorted(rng.sample(among, max(1, round(self.layers * len(among)))))
         count = max(1, round(self.heads * size.heads))
         return {
             "spans": [[start, start + length]],
