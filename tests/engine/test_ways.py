@@ -182,7 +182,7 @@ def test_prompt_logprobs_of_echo(smollm2_engine, tokenizer):
 
 
 def test_message_of_a_template_that_looks_into_it(reported, tokenizer):
-    """Found also where the template makes of a message what differs with marks in it: its length."""
+    """Found too where the template adds what differs with marks in a message: its length."""
     template = TEMPLATE.replace("m.content | trim", "(m.content | length) ~ m.content")
     mark = {"message": 1, "chars": [3, 9]}
     (spans,), (request,) = reported("chat", chat(USER), params([mark]), chat_template=template)
