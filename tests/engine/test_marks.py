@@ -4,6 +4,7 @@ import pytest
 import vllm
 
 from vllm_pasta import BeamSearchParams, EmphasisError, SamplingParams
+from vllm_pasta.verify.oracle import Steering
 
 WORDS = " ".join(f"word{i % 7}" for i in range(200))
 TAGGED = " ".join(f"<emphasis>word{i % 7}</emphasis>" for i in range(200))
@@ -114,3 +115,44 @@ def test_template_that_cuts(smollm2_engine):
     assert chat([{"message": 0}]) == chat({"text": "It is red."}) == chat([{"role": "assistant"}])
     with pytest.raises(EmphasisError, match="leaves this part of message 0 out"):
         chat([{"message": 0, "text": "Red"}])
+
+
+HEADS = {22: [0, 1, 2, 3, 4, 5, 6, 7, 8], 23: [1, 4]}
+DOOR = "The door is closed. It waits for repairs. Ask again. What is the door?"
+
+
+def test_strengths(generate, ids, smollm2_oracle):
+    """Marks of several strengths, the request's for the rest: the oracle's tokens; where marks
+    overlap the strongest counts, and strengths of 1 are today's result."""
+    heads = {str(layer): indices for layer, indices in HEADS.items()}
+
+    def span(part):
+        start, end = DOOR.index(part), DOOR.index(part) + len(part)
+        return len(ids(DOOR[:start].rstrip())), len(ids(DOOR[:end]))
+
+    def expected(spans, factors):
+        steering = Steering(spans, HEADS, 0.05, len(ids(DOOR)), factors)
+        return smollm2_oracle.generate(ids(DOOR), 8, steering, stop_ids=(2,))[0]
+
+    def answer(prompt, emphasis):
+        request = params({"alpha": 0.05, "heads": heads, **emphasis}, max_tokens=8)
+        return list(generate(prompt, request)[0].outputs[0].token_ids)
+
+    weak, strong = span("The door is closed."), span("closed.")
+    marks = [{"text": "The door is closed.", "alpha": 0.3}, {"text": "repairs", "alpha": 0.001}]
+    factors = [0.3, 0.001]
+    assert answer(DOOR, {"text": marks}) == expected([weak, span("repairs")], factors)
+    overlapping = [marks[0], {"text": "closed.", "alpha": 3}]
+    assert answer(DOOR, {"text": overlapping}) == expected([weak, strong], [0.3, 3.0])
+    tagged = DOOR.replace("repairs", '<emphasis alpha="0.001">repairs</emphasis>').replace(
+        "The door is closed.", "<emphasis alpha='0.3'>The door is closed.</emphasis>"
+    )
+    assert answer(tagged, {"markup": "tag"}) == expected([weak, span("repairs")], factors)
+    plain = expected([span("repairs")], None)
+    assert answer(DOOR, {"text": "repairs"}) == plain
+    assert answer(DOOR, {"text": {"text": "repairs", "alpha": 1}}) == plain
+    spans = [
+        {"tokens": list(weak), "alpha": 0.3},
+        {"tokens": list(span("repairs")), "alpha": 0.001},
+    ]
+    assert answer(DOOR, {"spans": spans}) == expected([weak, span("repairs")], factors)
