@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_pasta.integration.attach import PATCHES
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, Refusal
+from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, LAYERS, Refusal
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def refusals() -> str:
             f"`{refusal.test}`",
         )
 
-    rows = [row(refusal, "") for refusal in ENGINE]
+    rows = [row(refusal, "") for refusal in (*ENGINE, *LAYERS)]
     rows += [row(refusal, "a layer ") for refusal in (*BACKEND, *LAYER)]
     return _table("| feature | with emphasis | on | test |", rows)
 

@@ -186,9 +186,8 @@ def test_environment_that_cannot_steer(variable, reason, tiny, monkeypatch):
 
 
 MODELS = {
-    "the model is multimodal": ("paligemma", "PaliGemmaForConditionalGeneration"),
     "MLA attention": ("deepseek_v2", "DeepseekV2ForCausalLM"),
-    "layers without attention": ("mamba", "MambaForCausalLM"),
+    "no attention heads to steer": ("mamba", "MambaForCausalLM"),
     "an encoder-decoder": ("whisper", "WhisperForConditionalGeneration"),
     "runner is pooling": ("bert", "BertModel"),
     "a diffusion model": ("llama", "LlamaForCausalLM", {"canvas_length": 8}),
@@ -245,6 +244,22 @@ def test_requests_that_cannot_be_steered(small_batches):
     pooling = vllm.PoolingParams(task="embed", extra_kwargs={"emphasis": emphasis})
     with pytest.raises(EmphasisError, match="got a pooling request"):
         process(pooling)
+
+
+def test_layers_that_the_configuration_does_not_say(small_batches, monkeypatch):
+    """A head set could not be checked against them; nor where a layer's name has no number."""
+    from vllm_pasta.integration import support
+    from vllm_pasta.request.shape import ModelShape
+
+    config = small_batches.llm_engine.vllm_config
+    support.check_layers(config)
+    monkeypatch.setattr(support, "shape_of", lambda config: ModelShape(4, 4, (0, 2)))
+    reason = "has attention heads in layers 0-3, and its configuration says 0, 2, so a head set"
+    with pytest.raises(UnsupportedError, match=reason):
+        support.check_layers(config)
+    for name in ("model.attention", "model.0.layers.1.attention"):
+        with pytest.raises(UnsupportedError, match=f"layer {name} .* by one number"):
+            support.layer_index(name)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``vllm-pasta demo``: real prompts on real vLLM, plain and emphasised, side by side."""
+"""``vllm-pasta demo``: answers real prompts on vLLM, plain and emphasised, side by side."""
 
 import argparse
 import gc
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         type=options.count,
         metavar="N",
-        help="take N real CounterFact cases from $VLLM_PASTA_DATA/counterfact.jsonl",
+        help="take N real CounterFact cases from $VLLM_PASTA_DATA/counterfact.jsonl instead of the "
+        "demo's own",
     )
     parser.add_argument(
         "--compile",

@@ -1,4 +1,4 @@
-"""``vllm-pasta eval``: tasks × methods on one engine."""
+"""``vllm-pasta eval``: evaluates tasks × methods on one engine."""
 
 import argparse
 import json

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.request.heads import ranges
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -79,14 +80,31 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """What refusals read of the layers of a worker, once the model is loaded.
+
+    Attributes:
+        found: Indices of those that have attention heads.
+        expected: The same by the model's configuration, against which head sets are checked.
+    """
+
+    found: set[int]
+    expected: set[int]
+
+    def __getattr__(self, name: str) -> str:
+        """``found_ranges``, ``expected_ranges``: for people."""
+        return ranges(getattr(self, name.removesuffix("_ranges")))
+
+
+@dataclass(frozen=True)
 class Refusal:
     """One reason for which an engine does not start.
 
     Attributes:
         id: A short name that stays.
-        sentence: What stands in the way, for people. ``{0.…}`` is read from the `Engine`, or from
-            the `Layer` before which its name is put.
-        holds: Whether it stands in the way of an `Engine` or a `Layer`.
+        sentence: What stands in the way, for people. ``{0.…}`` is read from the subject, an
+            `Engine`, `Layers` or a `Layer`; the name of a layer is put before it.
+        holds: Whether it stands in the way of the subject.
         test: The test that shows it, as ``path::name``.
         device: ``"cpu"`` or ``"gpu"`` where it concerns only one, else None.
     """
@@ -151,15 +169,14 @@ ENGINE = (
         ("mla", "the model has MLA attention", lambda e: e.model.use_mla),
         (
             "no-attention",
-            "the model has layers without attention",
-            lambda e: e.model.is_hybrid or e.model.is_attention_free or e.model.has_inner_state,
+            "the model has no attention heads to steer",
+            lambda e: e.model.is_attention_free,
         ),
         (
             "encoder-decoder",
             "the model is an encoder-decoder",
             lambda e: e.model.is_encoder_decoder,
         ),
-        ("multimodal", "the model is multimodal", lambda e: e.model.is_multimodal_model),
         ("diffusion", "the model is a diffusion model", lambda e: e.model.is_diffusion),
     ),
     *_shown_by(
@@ -263,6 +280,17 @@ ENGINE = (
     ),
 )
 """What an engine's configuration says before its model is loaded."""
+
+LAYERS = _shown_by(
+    f"{_ADMISSION}test_layers_that_the_configuration_does_not_say",
+    (
+        "layers",
+        "the model has attention heads in layers {0.found_ranges}, and its configuration says "
+        "{0.expected_ranges}, so a head set could not be checked",
+        lambda e: e.found != e.expected,
+    ),
+)
+"""Of all layers of a worker."""
 
 BACKEND = tuple(
     Refusal(

@@ -8,15 +8,30 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, Engine, Layer, Refusal
+from vllm_pasta.integration.refusals import (
+    BACKEND,
+    ENGINE,
+    LAYER,
+    LAYERS,
+    Engine,
+    Layer,
+    Layers,
+    Refusal,
+)
+from vllm_pasta.request.heads import ranges
+from vllm_pasta.request.shape import ModelShape, attention_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 _DRAFT_PREFIX = "draft_model."
 """What vLLM puts before the names of a draft model's layers."""
@@ -48,13 +63,52 @@ def check_layers(vllm_config: "VllmConfig") -> None:
     Raises:
         UnsupportedError: lists the layers that have another.
     """
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    layers = {
+        name: layer
+        for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items()
+        # vLLM counts the layers of recurrences among those of attention: they too keep a state.
+        if not is_draft(name) and not isinstance(layer, MambaBase)
+    }
     _refuse(
         f"layer {name} {reason}"
         for name, layer in layers.items()
-        if not is_draft(name)
         for reason in _reasons(BACKEND, Layer(layer))
     )
+    shape = shape_of(vllm_config)
+    start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    expected = {layer for layer in shape.attention_layers if start <= layer < end}
+    _refuse(_reasons(LAYERS, Layers({layer_index(name) for name in layers}, expected)))
+    if len(shape.attention_layers) < shape.num_layers:
+        logger.info_once(
+            "Emphasis: %d of the model's %d layers have attention heads (%s); the others are not "
+            "steered.",
+            len(shape.attention_layers),
+            shape.num_layers,
+            ranges(shape.attention_layers),
+        )
+
+
+def layer_index(name: str) -> int:
+    """The index of a layer in the model, which vLLM keeps in the layer's name.
+
+    Raises:
+        UnsupportedError: the name holds several numbers, or none.
+    """
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    if len(numbers) != 1:
+        _refuse([f"layer {name} does not say which layer of the model it is, by one number"])
+    return int(numbers[0])
+
+
+def shape_of(vllm_config: "VllmConfig") -> ModelShape:
+    """The layers and heads of an engine's model, by its configuration."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_layers = model.get_total_num_hidden_layers()
+    layers = tuple(range(num_layers))
+    if model.is_hybrid or model.has_noops:
+        layers = attention_layers(model.hf_text_config, num_layers)
+    num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
+    return ModelShape(num_layers, num_heads, layers)
 
 
 def check_layer(name: str, layer: Attention, num_heads: int) -> None:
@@ -71,8 +125,8 @@ def check_layer(name: str, layer: Attention, num_heads: int) -> None:
     _refuse(f"layer {name} {reason}" for reason in _reasons(LAYER, Layer(layer, num_heads)))
 
 
-def _reasons(refusals: Iterable[Refusal], subject: Engine | Layer) -> Iterable[str]:
-    """The sentences of those refusals that hold for an engine or a layer."""
+def _reasons(refusals: Iterable[Refusal], subject: Engine | Layers | Layer) -> Iterable[str]:
+    """The sentences of those refusals that hold."""
     here = (None, "gpu" if is_gpu() else "cpu")
     return (
         refusal.sentence.format(subject)
