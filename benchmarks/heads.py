@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from vllm_pasta import HeadSet, tasks
-from vllm_pasta.profiling.plots import pyplot
+from vllm_pasta.profiling.report.plots import pyplot
 
 
 def draw(files: list[Path], out: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_pasta.profiling.plots import pyplot
+from vllm_pasta.profiling.report.plots import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 

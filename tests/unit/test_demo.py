@@ -11,8 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from vllm_pasta.cli import terminal
-from vllm_pasta.cli.demo import show
-from vllm_pasta.cli.demo_cases import (
+from vllm_pasta.cli.demo.cases import (
     Case,
     Result,
     answers_first,
@@ -21,6 +20,7 @@ from vllm_pasta.cli.demo_cases import (
     has_json,
     load_cases,
 )
+from vllm_pasta.cli.demo.command import show
 from vllm_pasta.cli.terminal import Phase, printable, side_by_side
 from vllm_pasta.errors import PastaError
 

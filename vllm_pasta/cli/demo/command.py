@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from vllm_pasta.cli import options, smollm2, terminal
-from vllm_pasta.cli.demo_cases import TASKS, Case, Result, count, load_cases
+from vllm_pasta.cli.demo.cases import TASKS, Case, Result, count, load_cases
 from vllm_pasta.cli.session import engine_session
 from vllm_pasta.cli.terminal import Phase
 from vllm_pasta.errors import PastaError

@@ -104,7 +104,7 @@ def load_cases(counterfact: int | None) -> list[Case]:
     Raises:
         PastaError: real cases are wanted, and there are none.
     """
-    text = (resources.files("vllm_pasta.cli") / "demo.json").read_text(encoding="utf-8")
+    text = (resources.files("vllm_pasta.cli.demo") / "cases.json").read_text(encoding="utf-8")
     own = json.loads(text)
     instruction = own["json"]["instruction"]
     cases = [json_case(**case, instruction=instruction) for case in own["json"]["cases"]]
