@@ -190,24 +190,23 @@ MODELS = {
     "no attention heads to steer": ("mamba", "MambaForCausalLM"),
     "an encoder-decoder": ("whisper", "WhisperForConditionalGeneration"),
     "runner is pooling": ("bert", "BertModel"),
-    "a diffusion model": ("llama", "LlamaForCausalLM", {"canvas_length": 8}),
+    "a diffusion model": ("llama", "LlamaForCausalLM"),
 }
 
 
 @pytest.mark.parametrize("reason", MODELS)
-def test_model_that_cannot_be_steered(reason, tmp_path, monkeypatch):
+def test_model_that_cannot_be_steered(reason, tmp_path):
     """Its configuration tells, before weights are read: there are none."""
     from transformers import AutoConfig
     from vllm import EngineArgs
 
     from vllm_pasta.integration import support
 
-    model_type, architecture, *fields = MODELS[reason]
-    options = {"architectures": [architecture], **dict(*fields)}
-    AutoConfig.for_model(model_type, **options).save_pretrained(tmp_path)
-    if "diffusion" in reason:  # which vLLM itself refuses on Model Runner V1
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    model_type, architecture = MODELS[reason]
+    AutoConfig.for_model(model_type, architectures=[architecture]).save_pretrained(tmp_path)
     config = EngineArgs(str(tmp_path), skip_tokenizer_init=True).create_engine_config()
+    if "diffusion" in reason:  # which vLLM itself refuses, but on Model Runner V2
+        config.model_config.is_diffusion = True
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
 

@@ -319,6 +319,7 @@ def multi(*children):
 
 
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
+NO_GPU = "OffloadingConnector copies the KV of GPUs, and this engine has none"
 NOT_KNOWN = "LMCacheConnectorV1 is not known to keep differently steered requests apart"
 LMCACHE = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 
@@ -352,7 +353,7 @@ def test_connectors(config, unknown, needing_gpu):
             UnsupportedError,
             NOT_KNOWN,
         ),
-        ({"kv_offloading_size": 1}, UnsupportedError, "OffloadingConnector copies the KV of GPUs"),
+        ({"kv_offloading_size": 1}, UnsupportedError, NO_GPU),
         ({"enable_sleep_mode": True}, ValueError, "Sleep mode is not supported"),  # vLLM's own
     ],
 )
