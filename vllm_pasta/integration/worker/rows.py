@@ -48,7 +48,7 @@ class Source(enum.Enum):
     """Model Runner V2: `EmphasisRows.add_request` gets the request that has a slot from now on (and
     is not called when it leaves), and ``req_idx`` of attention metadata is the slot of each row."""
     METADATA = enum.auto()
-    """Model Runner V1 of a vLLM with our diff (see ``patches/``): ``get_sampling_params`` of
+    """Model Runner V1 of a vLLM with the diff in ``patches/``: ``get_sampling_params`` of
     attention metadata. A row is its own slot."""
 
     @classmethod
@@ -197,7 +197,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         if emphasis and not self.is_honoured:
             raise UnsupportedError(
                 "a request with emphasis is about to run, but the attention backend is not "
-                "vllm-pasta's: select none, and let no other plugin replace ours"
+                "vllm-pasta's: select none, and let no other plugin replace it"
             )
         if self._buffers is not None:
             for row in before.keys() | emphasis.keys():
@@ -208,7 +208,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         """V1's interface: how the batch changed since the last step."""
         if self.source is None or batch_update is None:
             return
-        # Where metadata tells, the backend asks it. If none of ours does, nobody would refuse.
+        # A steering backend asks the metadata instead; without one, `_set` must refuse.
         if self.source is not Source.METADATA or not self.is_honoured:
             emphasis = dict(self._emphasis)
             process_dict_updates(emphasis, batch_update, self._new_state)
