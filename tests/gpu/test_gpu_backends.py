@@ -29,7 +29,7 @@ from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
 from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.steering.plan import LayerAttention
-from vllm_pasta.steering.slots import PLAIN
+from vllm_pasta.steering.slots import FIRST, PLAIN, SLOT
 
 CPU = torch.device("cpu")
 INSTALLED = Path(find_spec("vllm").origin).parent
@@ -169,12 +169,12 @@ def test_step(name, config, v2):
     steering = made.build(0, step).steering
     assert steering.is_steered
     assert not steering.must_launch
-    assert steering.buffers.slots[:3].tolist() == [PLAIN, 2, PLAIN]
+    assert steering.buffers.records[:3, SLOT].tolist() == [PLAIN, 2, PLAIN]
     assert steering.batch.query_start is step.query_start_loc
     assert steering.batch.seq_lens is step.seq_lens
     assert steering.batch.block_table is step.block_table_tensor
     assert not made.build(0, common(1, req_idx=np.array([1]))).steering.is_steered
-    assert steering.buffers.slots[:3].tolist() == [PLAIN] * 3
+    assert steering.buffers.records[:3, SLOT].tolist() == [PLAIN] * 3
 
 
 def test_slots_are_used_again(config, v2):
@@ -187,9 +187,9 @@ def test_slots_are_used_again(config, v2):
         assert made.build(0, common(1)).steering.is_steered
         v2.add_request(0, later)
         steering = made.build(0, common(1)).steering
-        assert steering.buffers.slots[:1].tolist() == slots
+        assert steering.buffers.records[:1, SLOT].tolist() == slots
         if slots == [0]:
-            assert steering.buffers.rows[0, 0] == first
+            assert steering.buffers.records[0, FIRST] == first
 
 
 def test_groups_share_slots(config, v2):
@@ -232,12 +232,12 @@ def test_capture(name, config, v2, monkeypatch):
         steering = made.build_for_cudagraph_capture(common(2)).steering
         assert steering.must_launch
         assert not steering.is_steered
-        assert not (steering.buffers.slots != PLAIN).any()
+        assert not (steering.buffers.records[:, SLOT] != PLAIN).any()
         assert steering.batch.max_query_len == max_query_len
     after = made.build(0, common(2)).steering
     assert after.is_steered
     assert not after.must_launch
-    for tensor in ("rows", "slots"):
+    for tensor in ("records", "groups"):
         assert getattr(after.buffers, tensor) is getattr(before.buffers, tensor)
 
 
@@ -278,8 +278,9 @@ def test_v1_rows(config, monkeypatch):
     def slots(removed=(), added=(), moved=()):
         v1.update_state(BatchUpdate(4, list(removed), list(added), list(moved)))
         steering = made.build(0, common(3, req_idx=None)).steering
-        shown = steering.buffers.slots[:3].tolist()
-        firsts = [int(steering.buffers.rows[s, 0]) if s != PLAIN else None for s in shown]
+        shown = steering.buffers.records[:3, SLOT].tolist()
+        records = steering.buffers.records
+        firsts = [int(records[i, FIRST]) if s != PLAIN else None for i, s in enumerate(shown)]
         assert all(s in (PLAIN, row) for row, s in enumerate(shown))
         return firsts
 
