@@ -6,17 +6,13 @@ From head sets that ``vllm-pasta profile --top-k auto`` made.
 import argparse
 from pathlib import Path
 
-import matplotlib
-
 from vllm_pasta import HeadSet, tasks
-
-matplotlib.use("Agg")
+from vllm_pasta.profiling.plots import pyplot
 
 
 def draw(files: list[Path], out: Path) -> None:
     """One plot per task: its judged metrics, and its fluency where there is one."""
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     curves = []
     for file in files:
         provenance = HeadSet.load(file).provenance

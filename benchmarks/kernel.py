@@ -26,8 +26,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch
-from vllm_pasta.request.emphasis import ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 128  # SmolLM2-135M

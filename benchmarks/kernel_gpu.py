@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention
-from vllm_pasta.request.emphasis import ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
 from vllm_pasta.steering.slots import SteeringBuffers
 

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_pasta.profiling.plots import pyplot
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     result = json.loads((RESULTS / "throughput.json").read_text(encoding="utf-8"))
     draw_sweeps(result["sweeps"], subtitle(result))
     if result["reference"]:
@@ -27,7 +26,7 @@ def subtitle(result: dict[str, Any]) -> str:
 
 def draw_sweeps(sweeps: dict[str, list[dict[str, Any]]], note: str) -> None:
     """Throughput with emphasis as a share of plain vLLM's, against each size."""
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, len(sweeps), figsize=(3.2 * len(sweeps), 3.2), sharey=True)
     for axis, (name, points) in zip(axes, sweeps.items(), strict=True):
@@ -44,7 +43,7 @@ def draw_sweeps(sweeps: dict[str, list[dict[str, Any]]], note: str) -> None:
 
 def draw_reference(result: dict[str, Any], note: str) -> None:
     """Output tokens per second against the reference implementation."""
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     rows = list(result["reference"].values())
     figure, axis = plt.subplots(figsize=(6, 3))

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.throughput import describe, say
+from benchmarks.throughput import default_dtype, describe, say
 from vllm_pasta.cli import smollm2
-from vllm_pasta.profiling.asker import Asker, emphasis, every_head, parse_options
+from vllm_pasta.profiling.asker import Asker, emphasis
+from vllm_pasta.profiling.engine import engine_options, every_head
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
 from vllm_pasta.profiling.prompts import Prompter
 from vllm_pasta.profiling.store import Store, Trial
@@ -48,7 +49,7 @@ def ours(options: argparse.Namespace, of: dict[Head, list[Trial]]) -> tuple[floa
 
         yield sys.stderr
 
-    engine = {**parse_options(None, eager=False), "dtype": options.dtype}
+    engine = engine_options({"dtype": options.dtype}, eager=False)
     with (
         tempfile.TemporaryDirectory() as folder,
         Asker(options.model, engine, store := Store(Path(folder) / "a", {}), session) as asker,
@@ -102,10 +103,11 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--heads", type=int, default=12, help="of ours, timed (%(default)s)")
     parser.add_argument("--reference-heads", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU without AVX-512")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     options.model = options.model or str(smollm2.model_path())
+    options.dtype = options.dtype or default_dtype()
     options.runs = 1
     every = every_head(options.model)
     step = len(every) // options.heads

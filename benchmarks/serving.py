@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import Contestant
-from benchmarks.throughput import MEMORY_UTILIZATION, describe, say
+from benchmarks.throughput import MEMORY_UTILIZATION, default_dtype, describe, say
 
 EMPHASIS = {"spans": [[16, 36]], "heads": "smollm2-135m-instruct"}
 METRICS = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "output_throughput")
@@ -38,7 +38,6 @@ class Server(Contestant):
             VLLM, "serve", options.model, "--served-model-name", "m", "--host", "127.0.0.1",
             "--port", str(self.port), "--max-model-len", "2048", "--no-enable-prefix-caching",
             "--gpu-memory-utilization", str(MEMORY_UTILIZATION), "--dtype", options.dtype,
-            *(["--pasta-gpu", "experimental"] if name == "pasta" else []),
         ]  # fmt: skip
         nowhere = subprocess.DEVNULL
         super().__init__(name, command, 1, stdout=nowhere, stderr=nowhere)
@@ -128,13 +127,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="requests per run (default: 24)")
     parser.add_argument("--input-tokens", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU without AVX-512")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     options = parser.parse_args()
     if options.model is None:
         from vllm_pasta.cli.smollm2 import model_path
 
         options.model = str(model_path())
+    options.dtype = options.dtype or default_dtype()
     result = {"rows": run(options), **describe("serving", options)}
     print("| requests/s | metric | plain vLLM | every request emphasised | ratio |")
     print("|---|---|---|---|---|")

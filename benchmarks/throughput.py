@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.contestants import Contestant
 from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model, Workload
+from vllm_pasta.profiling.engine import FP32_NOTICE, cpu_dtype
 
 MEMORY_UTILIZATION = 0.42 if torch.cuda.is_available() else 0.05
 """Of the device, for each of two engines."""
@@ -205,6 +206,13 @@ def describe(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def default_dtype() -> str:
+    """The dtype of engines whose user asks for none; says so if this CPU decides it."""
+    if dtype := cpu_dtype():
+        say(FP32_NOTICE)
+    return dtype or "bfloat16"
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -231,7 +239,7 @@ def main() -> None:
         help="also against transformers with eager attention (10 minutes), or with xformers', "
         "which needs a GPU",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU without AVX-512")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--kv-cache-gib", type=int, default=2, help="on a CPU (default: 2)")
     parser.add_argument(
@@ -244,6 +252,7 @@ def main() -> None:
         from vllm_pasta.cli.smollm2 import model_path
 
         options.model = str(model_path())
+    options.dtype = options.dtype or default_dtype()
     result = {**run(options), **describe("throughput", options)}
     print("| workload | plain vLLM | vllm-pasta | ratio | target | memory |")
     print("|---|---|---|---|---|---|")

@@ -21,8 +21,7 @@ def main() -> None:
         gpu_memory_utilization=options["memory_utilization"],
         enable_prefix_caching=False,
         disable_log_stats=True,
-        # Which counts on a GPU alone.
-        additional_config={"pasta": {"gpu": "experimental"}} if os.environ["VLLM_PLUGINS"] else {},
+        additional_config={"pasta": {}} if os.environ["VLLM_PLUGINS"] else {},
     )
     engine = llm.llm_engine
     answer({})

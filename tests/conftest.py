@@ -1,7 +1,13 @@
-"""Engines are costly: each is started once per session, and most tests share one."""
+"""Engines are costly: each is started once per session, and most tests share one.
 
+Also: what kind of test each is (by its folder), how long it may take, which worker runs it, and an
+end to a session that hangs. README.md beside this file says what each part takes.
+"""
+
+import faulthandler
 import gc
 import os
+from pathlib import Path
 
 # Before vllm is imported. In process: quick to start, and tests can look inside.
 os.environ.update(
@@ -17,11 +23,30 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 from models import byte_tokenizer, tiny_llama
-from oracle import Oracle
 
 from vllm_pasta.cli.smollm2 import model_path
+from vllm_pasta.verify.oracle import Oracle
 
+ALL_CORES = sorted(os.sched_getaffinity(0))
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...; None without pytest-xdist
+if WORKER:
+    # Each worker has cores of its own: OpenMP's threads spin while they wait for each other, so two
+    # pools on one core stop one another.
+    count = min(int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), len(ALL_CORES))
+    os.sched_setaffinity(0, ALL_CORES[int(WORKER[2:]) % count :: count])
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 CORES = os.sched_getaffinity(0)
+
+KINDS = {  # folder, and marker -> how long one test may take, in seconds, on the slowest machine
+    "unit": 120,
+    "engine": 600,
+    "server": 900,
+    "gpu": 900,
+    "upstream": 900,
+}
+SESSION_SECONDS = 80 * 60  # continuous integration stops at 90 minutes, and shows nothing then
+# Workers take the first group that nobody has yet, so what takes long comes first.
+FIRST = ("server", "gpu", "upstream", "engine", "unit")
 
 
 def start(model, **options):
@@ -29,6 +54,7 @@ def start(model, **options):
     from vllm import LLM, envs
     from vllm.v1.engine import core
 
+    inspect_models_here()
     envs.disable_envs_cache()  # else a variable that a test sets is not seen
     # Engines of one process share its process groups: one that ends must leave them to the others.
     core.cleanup_dist_env_and_memory = lambda: None
@@ -47,6 +73,15 @@ def start(model, **options):
         return LLM(str(model), **{**defaults, **options})
     finally:
         os.sched_setaffinity(0, CORES)  # vLLM binds this thread, and what it starts inherits that
+
+
+def inspect_models_here():
+    """vLLM reads what a model class can do in a process of its own, which imports all of vLLM, once
+    for every architecture: "to avoid initializing CUDA", of which there is none to initialise."""
+    from vllm.model_executor.models import registry
+
+    if not torch.cuda.is_available():
+        registry._run_in_subprocess = lambda inspect: inspect()
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +140,44 @@ def smollm2_engine(engine, smollm2):
     )
 
 
+@pytest.fixture
+def all_cores():
+    """Lets what the test starts run on every core, as processes that wait for each other must."""
+    os.sched_setaffinity(0, ALL_CORES)
+    yield ALL_CORES
+    os.sched_setaffinity(0, CORES)
+
+
+def pytest_configure(config):
+    # pytest-timeout ends a test that hangs in Python, and no other. This thread is not Python's.
+    # Captured output is not yet redirected here, so this is the terminal.
+    faulthandler.dump_traceback_later(SESSION_SECONDS, exit=True, file=os.dup(2))
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    for item in items:
+        kind = kind_of(item)
+        item.add_marker(kind)
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(KINDS[kind]))
+        if WORKER and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group(item, kind)))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if WORKER:
+        items.sort(key=lambda item: FIRST.index(kind_of(item)))
+
+
+def kind_of(item):
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+def group(item, kind):
+    """Tests of one group run on one worker, one after the other."""
+    if kind == "server":
+        return kind  # else servers of several tests would run at once
+    if kind in ("engine", "gpu") and hasattr(item, "callspec"):
+        for fixture in ("run", "model"):  # of a module, and costly for each of its parameters
+            if fixture in item.callspec.params:
+                return f"{item.path.stem} {item.callspec.params[fixture]}"
+    return item.path.stem

@@ -16,8 +16,9 @@ from vllm_pasta.errors import (
     PastaError,
     UnsupportedError,
 )
-from vllm_pasta.request.emphasis import Emphasis, ResolvedEmphasis
+from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import ResolvedEmphasis
 
 if TYPE_CHECKING:
     from vllm_pasta.integration.frontend.sampling_params import BeamSearchParams, SamplingParams

@@ -5,14 +5,14 @@ from copy import copy
 
 import pytest
 import vllm
-from oracle import Steering
 
 import vllm_pasta
 from vllm_pasta import EmphasisError, HeadSetError, UnsupportedError
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.integration.config import PastaConfig
-from vllm_pasta.request.emphasis import WIRE_KEY
 from vllm_pasta.request.heads import bundled
+from vllm_pasta.request.resolution import WIRE_KEY
+from vllm_pasta.verify.oracle import Steering
 
 PROMPT = "Name three colours. Answer in JSON. Be brief."
 MESSAGES = [{"role": "user", "content": PROMPT}]

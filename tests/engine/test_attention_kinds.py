@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from models import ATTENTION_KINDS, WINDOW, random_ids, tiny_model
-from oracle import Oracle
 from test_exact import LOGPROB_TOLERANCE, Case, check, run
 
 from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.verify.oracle import Oracle
 
 SHORT, LONG, OTHER = random_ids(24, 1), random_ids(200, 3), random_ids(140, 4)
 ALL = {layer: [0, 1, 2, 3] for layer in range(4)}

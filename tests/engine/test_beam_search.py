@@ -9,13 +9,13 @@ import dataclasses
 import re
 
 import pytest
-from oracle import Steering
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 import vllm_pasta
 from vllm_pasta import EmphasisError
 from vllm_pasta.request.heads import bundled
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.verify.oracle import Steering
 
 HEADS = {layer: list(heads) for layer, heads in bundled()["smollm2-135m-instruct"].layers}
 TAGGED = "Name three colours. <emphasis>Answer in JSON.</emphasis> Be brief."

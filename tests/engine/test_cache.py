@@ -2,11 +2,11 @@
 
 import pytest
 from models import random_ids
-from oracle import Steering
 from vllm import SamplingParams
 
 from vllm_pasta import HeadSet, ResolvedEmphasis
 from vllm_pasta.integration.scheduler.cache_keys import block_key
+from vllm_pasta.verify.oracle import Steering
 
 PROMPT = random_ids(200, 9)
 BLOCK = 32

@@ -10,7 +10,10 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.text import Text
 
+from vllm_pasta.cli import terminal
 from vllm_pasta.cli.demo import show
 from vllm_pasta.cli.demo_cases import (
     Case,
@@ -21,16 +24,7 @@ from vllm_pasta.cli.demo_cases import (
     has_json,
     load_cases,
 )
-from vllm_pasta.cli.terminal import (
-    END,
-    START,
-    Phase,
-    display_width,
-    highlight,
-    printable,
-    side_by_side,
-    wrap,
-)
+from vllm_pasta.cli.terminal import Phase, printable, side_by_side
 from vllm_pasta.errors import PastaError
 
 
@@ -112,38 +106,39 @@ def test_count():
     assert count(results) == {"json": {"cases": 3, "plain": 1, "emphasised": 2}}
 
 
-def test_display_width():
-    assert display_width("abc") == 3
-    assert display_width("日本") == 4
-    assert display_width("e\u0301") == 1
-    assert display_width(START + "a" + END) == 1
+def drawn(part, width, stream=None):
+    """What rich draws on a terminal of so many columns, as lines without trailing spaces."""
+    stream = stream or io.StringIO()
+    console = terminal.console(stream)
+    console.width = width
+    console.print(part)
+    return [line.rstrip() for line in stream.getvalue().removesuffix("\n").split("\n")]
 
 
-def test_wrap_keeps_lines_and_indentation():
-    assert wrap('{\n  "a": 1\n}', 40) == ["{", '  "a": 1', "}"]
-    assert wrap("one two three", 7) == ["one two", "three"]
-    assert wrap("日本語日本語", 5) == ["日本", "語日", "本語"]
-    assert wrap("", 5) == [""]
-
-
-@given(st.text(), st.integers(2, 40))
-def test_wrap_fits_and_loses_nothing(text, width):
-    lines = wrap(printable(text), width)
-    assert all(display_width(line) <= width for line in lines)
-    assert "".join("".join(lines).split()) == "".join(printable(text).split())
+def test_answers_keep_lines_and_indentation():
+    lines = drawn(side_by_side(("plain", "b"), ('{\n  "a": 1\n}', "one two three"), 60), 60)
+    assert [line.partition(" │ ")[0].rstrip(" │") for line in lines] == [
+        "plain", "{", '  "a": 1', "}"
+    ]  # fmt: skip
 
 
 @given(st.text(), st.text(), st.integers(60, 200))
-def test_columns_line_up(left, right, width):
-    lines = side_by_side(("plain", "emphasised"), (printable(left), printable(right)), width)
-    for line in lines:
-        assert display_width(line) <= width
-        before = line.split(" │", 1)[0] if " │" in line else None
-        assert before is None or display_width(before) <= (width - 3) // 2 or "│" in left
+def test_columns_line_up_and_lose_nothing(left, right, width):
+    """Whatever a model answers: wide, combining and control characters, words of any length."""
+    left, right = (text.replace("│", "|") for text in (left, right))
+    lines = drawn(side_by_side(("plain", "emphasised"), (left, right), width), width)
+    columns = [line.partition(" │") for line in lines]
+    for line, (before, bar, _) in zip(lines, columns, strict=True):
+        assert cell_len(line) <= width
+        assert bar
+        assert cell_len(before) == (width - 3) // 2
+    for i, (title, text) in enumerate((("plain", left), ("emphasised", right))):
+        shown = "".join("".join(column[2 * i] for column in columns).split())
+        assert shown == "".join((title + printable(text)).split())
 
 
 def test_side_by_side():
-    assert side_by_side(("a", "b"), ("x\ny", "日本"), 63) == [
+    assert drawn(side_by_side(("a", "b"), ("x\ny", "日本"), 63), 63) == [
         "a" + " " * 29 + " │ b",
         "x" + " " * 29 + " │ 日本",
         "y" + " " * 29 + " │",
@@ -151,17 +146,19 @@ def test_side_by_side():
 
 
 def test_narrow_terminals_stack():
-    assert side_by_side(("a", "b"), ("x", "y z"), 59) == ["a", "  x", "b", "  y z"]
-    assert side_by_side(("a", "b"), ("x", "y z"), 3)[-2:] == ["  y", "  z"]
+    assert drawn(side_by_side(("a", "b"), ("x", "y z"), 59), 59) == ["a", "  x", "b", "  y z"]
+    assert drawn(side_by_side(("a", "b"), ("x", "y z"), 3), 3)[-2:] == ["  y", "  z"]
 
 
-def test_highlight_goes_on_over_line_ends():
-    lines = [f"a {START}b", "c", f"d{END} e", "f"]
-    assert list(highlight(lines, "<", ">")) == ["a <b>", "<c>", "<d> e", "f"]
+def test_emphasis_goes_on_over_line_ends():
+    stream = Terminal()
+    drawn(terminal.marked([("a ", False), ("b\nc", True), (" d", False)], True), 80, stream)
+    assert stream.getvalue() == "a \x1b[1;33mb\x1b[0m\n\x1b[1;33mc\x1b[0m d\n"
 
 
 def test_printable_cannot_steer_the_terminal():
     assert printable("a\x1b[31m\r\nb\tc\x01") == "a·[31m·\nb   c·"
+    assert terminal.marked([("\x1b[31m", True)], False).plain == "«·[31m»"
 
 
 class Terminal(io.StringIO):
@@ -196,7 +193,7 @@ def test_show(stream, no_color, expected, monkeypatch):
     assert "plain ✗ valid JSON" in text
     assert "emphasised ✓ valid JSON" in text
     assert "0/1          1/1" in text
-    assert all(display_width(line) <= 100 for line in text.replace("\x1b[1;33m", "").split("\n"))
+    assert all(cell_len(Text.from_ansi(line).plain) <= 100 for line in text.split("\n"))
 
 
 def test_phase_times_and_stops_its_thread():
@@ -204,7 +201,7 @@ def test_phase_times_and_stops_its_thread():
     threads = threading.active_count()
     with pytest.raises(KeyError), Phase("Work", stream):
         raise KeyError
-    assert stream.getvalue() == "Work  failed after 0.0 s\n"
+    assert stream.getvalue() == "Work …\nWork: failed after 0.0 s\n"
     assert threading.active_count() == threads
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import random_ids, tiny_llama
-from oracle import Oracle, Steering
 from vllm import SamplingParams
+
+from vllm_pasta.verify.oracle import Oracle, Steering
 
 ALL_HEADS = {layer: [0, 1, 2, 3] for layer in range(4)}
 LOGPROB_TOLERANCE = 2e-4  # plain vLLM against the oracle: 4e-5 on these models

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 from models import random_ids
-from oracle import Steering
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from vllm_pasta import EmphasisError
+from vllm_pasta.verify.oracle import Steering
 
 PROMPT = random_ids(90, 2)
 STEERING = Steering([(30, 45)], {1: [0, 1], 2: [3]}, 0.01, len(PROMPT))

@@ -6,9 +6,10 @@ between emphases of one adapter.
 
 import pytest
 from models import lora_adapter, random_ids
-from oracle import Oracle, Steering
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+
+from vllm_pasta.verify.oracle import Oracle, Steering
 
 PROMPT, SHORT = random_ids(200, 9), random_ids(40, 8)
 BLOCK = 32

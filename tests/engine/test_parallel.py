@@ -3,8 +3,6 @@
 Broken by: numbering heads per tensor-parallel rank or layers per pipeline stage.
 """
 
-import os
-
 import pytest
 from test_exact import CASES, check, run
 from test_exact import expected as expected  # a fixture
@@ -18,9 +16,8 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_equals_the_oracle(split, engine, tiny, expected, monkeypatch):
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+def test_equals_the_oracle(split, engine, tiny, expected, all_cores, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     llm = engine(
         tiny, skip_tokenizer_init=True, block_size=32, max_num_batched_tokens=64, **SPLITS[split]

@@ -66,7 +66,7 @@ def without_plugin(tiny):
         **os.environ,
         "VLLM_PLUGINS": "",
         "PYTHONPATH": os.pathsep.join(
-            str(Path(__file__).parent / folder) for folder in (".", "../support")
+            str(Path(__file__).parent / folder) for folder in ("..", ".", "../support")
         ),
     }
     result = subprocess.run(

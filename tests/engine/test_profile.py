@@ -7,18 +7,17 @@ import sys
 import pytest
 import torch
 from models import worded_llama
-from oracle import Oracle, Steering
 
 from vllm_pasta import HeadSet, cli
-from vllm_pasta.cli import eval
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import asker as engine_module
+from vllm_pasta.profiling import asker as asker_module
 from vllm_pasta.profiling import methods
 from vllm_pasta.profiling.gradients import GradientModel
-from vllm_pasta.profiling.prompts import Prompter
+from vllm_pasta.profiling.prompts import Prompter, demonstrations
 from vllm_pasta.profiling.ranking import Ranker
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Answer, Probe, load, sample
+from vllm_pasta.verify.oracle import Oracle, Steering
 
 EVERY = [(layer, head) for layer in range(4) for head in range(4)]
 PROBE = Probe("p", "one two ", "three four", " five", "six", "seven", ("six", "seven"))
@@ -62,11 +61,11 @@ def test_files_without_ideal_answers(tmp_path):
     lines = [{**record, "key": i, "kwargs": [{}], "messages": messages} for i in range(20)]
     (tmp_path / "ifeval_separated.jsonl").write_text("\n".join(map(json.dumps, lines)))
     train = sample(task, "train", 3, folder=tmp_path)
-    with pytest.raises(PastaError, match="--likelihood: needs ideal answers, and ifeval_separated"):
+    with pytest.raises(PastaError, match="likelihood needs ideal answers, and ifeval_separated"):
         Ranker(None, None, task, train, 0.01, likelihood=True)
-    with pytest.raises(PastaError, match="--search gradient: needs ideal answers"):
+    with pytest.raises(PastaError, match="gradient search needs ideal answers"):
         Ranker(None, None, task, train, 0.01, likelihood=False).profile(EVERY, "gradient", "")
-    (shots,) = eval._shots([task], tmp_path).values()
+    shots = demonstrations(task, tmp_path)
     assert [shot.target for shot in shots] == [
         example.fields["target"] for example in sample(task, "train", 3).examples
     ]
@@ -181,7 +180,7 @@ def command(worded, engine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vllm.LLM", lambda model, **options: llm)
     for module in ("profile", "eval"):
-        monkeypatch.setattr(f"vllm_pasta.profiling.{module}.engine_session", session)
+        monkeypatch.setattr(f"vllm_pasta.cli.{module}.engine_session", session)
 
     def run(name, *options, status=0):
         assert cli.main([name, str(worded), *options]) == status
@@ -227,11 +226,11 @@ def test_interrupted_and_sharded(command, monkeypatch):
     """A run that was stopped goes on; shards together give what one run gives."""
     arguments = ("--examples", "3", "--top-k", "4", "--alpha", "0.1")
     command("profile", *arguments, "--out", "whole.json")
-    monkeypatch.setattr(engine_module, "CHUNK", 10)
+    monkeypatch.setattr(asker_module, "CHUNK", 10)
     stopped = command("profile", *arguments, "--out", "cut.json", "--stop-after", "0", status=1)
     assert "stopped after the time given" in stopped.err
     asked = []
-    generate = engine_module.Asker._generate
+    generate = asker_module.Asker._generate
 
     left = [None, None, KeyboardInterrupt()]  # the third call is interrupted
 
@@ -241,7 +240,7 @@ def test_interrupted_and_sharded(command, monkeypatch):
             raise interruption
         return generate(self, trials)
 
-    monkeypatch.setattr(engine_module.Asker, "_generate", interrupted)
+    monkeypatch.setattr(asker_module.Asker, "_generate", interrupted)
     assert "interrupted" in command("profile", *arguments, "--out", "cut.json", status=130).err
     command("profile", *arguments, "--out", "cut.json")
     assert sum(asked[:2] + asked[3:]) == 3 + 48  # the plain model's, and each head's, once

@@ -21,13 +21,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from patches.check_upstream import _GPU as BASES
+from tools.check_upstream import _GPU as BASES
 from vllm_pasta.errors import ConfigError, UnsupportedError
 from vllm_pasta.integration import plugin, support
 from vllm_pasta.integration.worker import gpu, rows
 from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
-from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
 from vllm_pasta.steering.slots import FIRST, PLAIN, SLOT
 
@@ -69,7 +69,7 @@ def common(num_reqs=2, query_len=1, **options):
 def config(small_batches, monkeypatch):
     """An engine's, as if it ran on a GPU with Model Runner V2."""
     config = copy(small_batches.llm_engine.vllm_config)
-    config.additional_config = {"pasta": {"gpu": "experimental"}}
+    config.additional_config = {"pasta": {}}
     monkeypatch.setattr(support, "is_gpu", lambda: True)
     monkeypatch.setattr(support.vllm, "__version__", "0.32.0")
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
@@ -309,7 +309,6 @@ def test_layers_of_other_backends(config):
 
 
 REFUSED = {
-    "wants to be asked for": {"additional_config": {"pasta": {}}},
     "the attention backend is FLEX_ATTENTION": {"attention_config": {"backend": "FLEX"}},
     "pipeline parallel with Model Runner V2": {"parallel_config": {"pipeline_parallel_size": 2}},
     "context parallel": {"parallel_config": {"decode_context_parallel_size": 2}},
@@ -332,12 +331,10 @@ def test_refused(reason, config, monkeypatch):
     if reason.startswith("needs vLLM"):
         monkeypatch.setattr(support.vllm, "__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
-        value = changes
-        if field != "additional_config":
-            value = copy(getattr(config, field))
-            for attribute, new in changes.items():
-                new = AttentionBackendEnum.FLEX_ATTENTION if new == "FLEX" else new
-                object.__setattr__(value, attribute, new)
+        value = copy(getattr(config, field))
+        for attribute, new in changes.items():
+            new = AttentionBackendEnum.FLEX_ATTENTION if new == "FLEX" else new
+            object.__setattr__(value, attribute, new)
         setattr(config, field, value)
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
@@ -353,10 +350,9 @@ def test_cache_dtypes(cache_dtype, config):
 def test_option():
     from vllm_pasta.integration.config import PastaConfig
 
-    assert PastaConfig.parse({"gpu": "experimental"}).gpu
-    assert not PastaConfig.parse({}).gpu
-    with pytest.raises(ConfigError, match='gpu: expected "experimental", got True'):
-        PastaConfig.parse({"gpu": True})
+    """A GPU was to be asked for once: who still does is told that this need not be."""
+    with pytest.raises(ConfigError, match="unknown field 'gpu': leave it out, a GPU need not"):
+        PastaConfig.parse({"gpu": "experimental"})
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import vllm
 from models import tiny_llama, tiny_model
-from oracle import Oracle, Steering
 
 from vllm_pasta.integration.support import GPU_VLLM
+from vllm_pasta.verify.oracle import Oracle, Steering
 
 pytestmark = pytest.mark.skipif(
     not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}x"
@@ -118,7 +118,3 @@ def test_cases_differ(run):
     for same in ((0, 2, 6), (1, 3, 5)):
         n = min(len(run.expected[i]) for i in same)
         assert len({tuple(run.expected[i][:n]) for i in same}) == len(same)
-
-
-def test_wants_to_be_asked_for(run):
-    assert "--pasta-gpu experimental" in run.report["refused"]

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention
-from vllm_pasta.request.emphasis import ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
 from vllm_pasta.steering.slots import SteeringBuffers
 
@@ -473,7 +473,7 @@ def test_wrong_arguments(change, words):
         case.run(output)
 
 
-@pytest.mark.gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("use_lse", [False, True])
 def test_cuda_graph(use_lse):
     """Captured while nothing is shown; replayed with requests that come, change and go."""
@@ -503,7 +503,7 @@ def test_cuda_graph(use_lse):
         assert (output.cpu().double() - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.gpu
+@pytest.mark.cuda
 def test_split_keys_many_times():
     """Whoever comes last: parts are put together in their own order, so not a bit differs."""
     case = Case([Request(4000 + r, 1, 3000, ((5, 2000),), heads=(0, 1, 3)) for r in range(8)])
@@ -513,7 +513,7 @@ def test_split_keys_many_times():
         assert all(torch.equal(case.run(plain, given_lse), first) for _ in range(200))
 
 
-@pytest.mark.gpu
+@pytest.mark.cuda
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):

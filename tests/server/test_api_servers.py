@@ -2,17 +2,18 @@
 /metrics."""
 
 import json
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from conftest import ALL_CORES
 from models import random_ids
-from oracle import Steering
 from prometheus_client.mmap_dict import MmapedDict
 from servers import SERVE, VLLM, metric, running
+
+from vllm_pasta.verify.oracle import Steering
 
 HEADS = {"1": [0, 1], "2": [3]}
 PROMPT = random_ids(60, 4)
@@ -31,9 +32,8 @@ def server(tiny, counters, tmp_path_factory):
     (folder / "heads.json").write_text(json.dumps(HEADS))
     command = [VLLM, "serve", tiny, *SERVE, "--api-server-count", "2", "--data-parallel-size", "2",
                "--pasta-heads", folder / "heads.json"]  # fmt: skip
-    cores = sorted(os.sched_getaffinity(0))
     env = {"PROMETHEUS_MULTIPROC_DIR": str(counters),
-           "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}  # fmt: skip
+           "VLLM_CPU_OMP_THREADS_BIND": f"{ALL_CORES[0]}|{ALL_CORES[-1]}"}  # fmt: skip
     with running([(command, env)], folder) as (url,):
         yield url
 

@@ -5,7 +5,6 @@ through the proxy, and, for those sent to the decode server directly, the exampl
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,8 +16,8 @@ import httpx
 import msgspec
 import pytest
 import zmq
+from conftest import ALL_CORES
 from models import random_ids
-from oracle import Steering
 from servers import SERVE, VLLM, free_port, metric, running
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
@@ -26,6 +25,7 @@ from vllm.distributed.kv_events import BlockStored, KVEventBatch
 
 from vllm_pasta import EmphasisError, HeadSet, ResolvedEmphasis, UnsupportedError
 from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.verify.oracle import Steering
 
 PROXY = Path(__file__).parents[2] / "examples" / "disaggregated" / "proxy.py"
 FACT = "Ann lives in Oslo"
@@ -68,7 +68,6 @@ def cluster(smollm2, tmp_path_factory):
     heads = folder / "heads.json"
     heads.write_text(json.dumps(HEADS))
     store = {"shared_storage_path": str(folder / "store")}
-    cores = sorted(os.sched_getaffinity(0))
     context, commands, events = zmq.Context(), [], []
     for i, role in enumerate(("kv_producer", "kv_consumer")):
         transfer = {
@@ -95,7 +94,7 @@ def cluster(smollm2, tmp_path_factory):
             "VLLM_PLUGINS": "pasta",
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-            "VLLM_CPU_OMP_THREADS_BIND": str(cores[i % len(cores)]),
+            "VLLM_CPU_OMP_THREADS_BIND": str(ALL_CORES[i % len(ALL_CORES)]),
         }
         commands.append((command, env))
         subscriber = context.socket(zmq.SUB)

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from oracle import Steering
 from servers import SERVE, VLLM, environment, metric, running
 from ways import CHAT_WAYS, TAGGED, USER, WAYS, chat, expected
+
+from vllm_pasta.verify.oracle import Steering
 
 PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives in"
 FACT = "Ann lives in Oslo"
@@ -526,3 +528,16 @@ def test_offline_in_engine_processes(smollm2, steered, tmp_path):
     )  # fmt: skip
     answers = [line[7:] for line in result.stdout.splitlines() if line.startswith("ANSWER")]
     assert answers == [repr(steered[1]), repr(steered[0])], result.stderr[-3000:]
+
+
+def test_example(server):
+    """examples/client.py: the answers follow the emphasis, and what cannot be marked is refused."""
+    program = Path(__file__).parents[2] / "examples" / "client.py"
+    done = subprocess.run(
+        [sys.executable, program, f"{server}/v1"], capture_output=True, text=True, check=True
+    )
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
+    assert "Germany" in lines["plain"]
+    assert "Brazil" in lines["emphasised"]
+    assert lines["chat"].strip()
+    assert "a citizen of Bra" in lines["refused"]

@@ -53,7 +53,6 @@ def main(model, backend):
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from vllm_pasta.errors import UnsupportedError
     from vllm_pasta.integration import support
 
     support.is_gpu = lambda: True
@@ -62,7 +61,7 @@ def main(model, backend):
         STAND_INS[backend]()
     register_backend(AttentionBackendEnum.CPU_ATTN, f"vllm_pasta.integration.worker.gpu.{backend}")
 
-    def start(speculative=None, **pasta):
+    def start(speculative=None):
         return LLM(
             model,
             dtype="float32",
@@ -76,7 +75,7 @@ def main(model, backend):
             max_num_seqs=3,  # fewer than there are requests: slots are used again
             max_num_batched_tokens=48,  # long prompts are cut
             speculative_config=speculative,
-            additional_config={"pasta": pasta},
+            additional_config={"pasta": {}},
         )
 
     def run(llm, cases):
@@ -91,15 +90,9 @@ def main(model, backend):
         outputs = llm.generate(prompts, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    try:
-        start()
-        refused = None
-    except UnsupportedError as e:
-        refused = str(e)
-    llm = start(gpu="experimental")
+    llm = start()
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     report = {
-        "refused": refused,
         "runner": type(runner).__module__,
         "backends": sorted({g.backend.get_name() for gs in runner.attn_groups for g in gs}),
         "plain": run(llm, CASES[:1]),
@@ -111,7 +104,7 @@ def main(model, backend):
     del llm
     is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     draft = {"method": "draft_model", "model": model} if is_v2 else NGRAM
-    llm = start({**draft, "num_speculative_tokens": 2}, gpu="experimental")
+    llm = start({**draft, "num_speculative_tokens": 2})
     report["drafted"] = run(llm, CASES[3:])
     report["drafts"] = {
         m.name.removeprefix("vllm:spec_decode_num_"): m.value

@@ -1,26 +1,33 @@
 """Real servers, in processes of their own, as a user starts them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+from conftest import ALL_CORES, CORES
 
 VLLM = Path(sys.executable).parent / "vllm"
 SERVE = ("--served-model-name", "m", "--host", "127.0.0.1", "--dtype", "float32",
          "--enforce-eager", "--max-model-len", "1024", "--gpu-memory-utilization", "0.05",
          "--plugin", "pasta")  # fmt: skip
 
+START_SECONDS = 600  # all that a start takes where there are two slow cores and other work
+
 
 def environment(**changes):
     """As a user's: nothing of what conftest sets for in-process engines."""
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**env, "VLLM_CPU_KVCACHE_SPACE": "1", **changes}
+    cores = ",".join(map(str, sorted(CORES)))
+    return {
+        **env, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, **changes
+    }  # fmt: skip
 
 
 def free_port():
@@ -56,7 +63,9 @@ def running(commands, folder, health="/health"):
             process = subprocess.Popen(
                 [*command, "--port", str(port)],
                 env=environment(**env), stdout=logs[-1], stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
+            os.sched_setaffinity(process.pid, ALL_CORES)  # several processes, which wait busily
             processes.append(process)
         for url, process, log in zip(urls, processes, logs, strict=True):
             _wait(url + health, process, log)
@@ -65,18 +74,19 @@ def running(commands, folder, health="/health"):
         for process in processes:
             process.terminate()
         for process in processes:
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            finally:  # and what it started, if that hangs
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(url, process, log):
-    for _ in range(600):
-        try:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(httpx.HTTPError):
             if httpx.get(url).status_code == 200:
                 return
-        except httpx.HTTPError:
-            pass
-        if process.poll() is not None:
-            break
         time.sleep(0.5)
     log.seek(0)
     pytest.fail(f"the server did not come up:\n{log.read()[-5000:]}")

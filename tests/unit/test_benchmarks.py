@@ -1,13 +1,11 @@
 """The benchmarks' own parts: the reference they race is right, and workloads are what they say."""
 
 import pytest
-import torch
 from models import random_ids
-from oracle import Steering
 
-from benchmarks import kernel_gpu
 from benchmarks.reference import Reference
 from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model
+from vllm_pasta.verify.oracle import Steering
 
 
 def test_reference_equals_oracle(tiny, tiny_oracle):
@@ -55,27 +53,3 @@ def test_workloads(workload, model):
         assert all(int(i) < model.layers and max(h) < model.heads for i, h in heads.items())
     if workload.distinct:
         assert len({str(item["emphasis"]) for item in steered}) == len(steered)
-
-
-@pytest.mark.parametrize("query_len", [1, 40])
-def test_gpu_kernels_equal_dense_attention(query_len):
-    """The check that comes before the timing, on what a GPU benchmark runs; and its peers."""
-    case = kernel_gpu.Case(3, query_len, 70, 0.5, 16, 4, 2, 64)
-    bench = kernel_gpu.Bench(case, "cuda" if torch.cuda.is_available() else "cpu")
-    bench.check()
-    if query_len == 1:
-        wanted = torch.stack([bench.dense(r, steer=True)[0][0] for r in range(3)])
-        for name, run in bench.peers().items():
-            got = run().reshape(wanted.shape).float()
-            assert (got - wanted).abs().max() < 1e-4, name
-    bench.buffers.hide()
-    with pytest.raises(AssertionError):
-        bench.check()
-
-
-def test_gpu_benchmark_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["kernel_gpu"])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="needs a CUDA device"):
-            kernel_gpu.main()
-    assert set(kernel_gpu.packing_us(4, "cpu")) == {"new", "known"}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vllm_pasta.kernels.gpu.launch import Workspace
-from vllm_pasta.request.emphasis import MAX_SPANS, ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import MAX_SPANS, ResolvedEmphasis
 from vllm_pasta.steering.slots import (
     ADDS,
     DIRECT,

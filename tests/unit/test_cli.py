@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from vllm_pasta import __version__, cli
+from vllm_pasta.cli.main import COMMANDS
 
 
 def exits(argv):
@@ -68,3 +69,40 @@ def test_imports_neither_vllm_nor_torch():
     code = "import sys, vllm_pasta.cli; print([m for m in ('vllm', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_fp32_where_bf16_is_slow(monkeypatch, caplog):
+    """On an x86 CPU without AVX-512, whatever starts an engine by itself takes fp32 and says so."""
+    import torch
+
+    from vllm_pasta.profiling import engine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    assert "dtype" not in engine.engine_options({}, eager=True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert not caplog.records
+    assert engine.engine_options({}, eager=True)["dtype"] == "float32"
+    assert [record.message for record in caplog.records] == [engine.FP32_NOTICE]
+    assert engine.engine_options({"dtype": "bfloat16"}, eager=True)["dtype"] == "bfloat16"
+    monkeypatch.setattr(engine.platform, "machine", lambda: "aarch64")
+    assert engine.cpu_dtype() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engine.cpu_dtype() is None
+
+
+def test_option_is_named(capsys, monkeypatch, tmp_path):
+    """A library's message says what is wrong; the command adds which option it is about."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "--methods", "nope"]) == 1
+    assert capsys.readouterr().err.startswith("vllm-pasta: --methods: method 'nope': expected")
+    assert exits(["eval", "--engine", "[]"]) == 2
+    assert "--engine: expected a JSON object, got '[]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert exits([command, "--help"]) == 0
+    assert f"usage: vllm-pasta {command}" in capsys.readouterr().out

@@ -1,9 +1,52 @@
-"""What the documents say is there."""
+"""What the documents say is there: tests, files, headings, code."""
 
+import ast
+import json
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
+
+from vllm_pasta.request.heads import bundled
+
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "patches/README.md",
+]
+
+BLOCK = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"')
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path, *languages):
+    """The fenced blocks of a document in these languages."""
+    text = path.read_text(encoding="utf-8")
+    return [match[4] for match in BLOCK.finditer(text) if match[3] in languages]
+
+
+def links(path):
+    """Relative links of a document as ``(file, anchor)``, code left out."""
+    text = re.sub(r"`[^`\n]+`", "", BLOCK.sub("", path.read_text(encoding="utf-8")))
+    for match in LINK.finditer(text):
+        target = match[1] or match[2]
+        if not re.match(r"[a-z]+:", target):
+            file, _, anchor = target.partition("#")
+            yield (path.parent / file).resolve() if file else path, anchor
+
+
+def anchors(path):
+    """The anchors of a document's headings, as code hosts and the site make them."""
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        yield re.sub(r"[^\w\- ]", "", words.lower()).strip().replace(" ", "-")
 
 
 def test_features_name_their_tests():
@@ -16,3 +59,66 @@ def test_features_name_their_tests():
         assert not rest
         assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), row
         assert re.search(r"\| (works|engine does not start|request refused) \|", row), row
+
+
+def test_readme_is_short():
+    """A stranger reads it in five minutes; the rest is in docs/, by the reader's question."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    first = readme.index("```bash")
+    assert readme[first:].startswith("```bash\nmake demo")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links(path):
+    """Relative links lead to files, and their anchors to headings."""
+    for file, anchor in links(path):
+        assert file.exists(), f"{name(path)}: {file} is not there"
+        if anchor:
+            assert anchor in set(anchors(file)), f"{name(path)}: {name(file)} has no #{anchor}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_code(path):
+    """Code in the documents is code."""
+    for code in blocks(path, "python"):
+        ast.parse(code)
+    for code in blocks(path, "json"):
+        json.loads(code)
+    for code in blocks(path, "bash"):
+        subprocess.run(["bash", "-n"], input=code, text=True, check=True)
+
+
+def test_every_file_named_is_there():
+    """Files of the repository that the documents name in backticks exist."""
+    for path in DOCUMENTS:
+        text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+        for file in re.findall(r"`((?:vllm_pasta|tests|docs|tools|examples)/[\w/.-]+)`", text):
+            assert (ROOT / file).exists(), f"{name(path)}: {file} is not there"
+
+
+def test_head_sets_are_listed():
+    """docs/heads.md has a row for every head set that comes with the package."""
+    text = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d.]+[^|]*\| [\d.]+) \|", text, re.MULTILINE))
+    for head_set, heads in bundled().items():
+        count, alpha = re.fullmatch(r"(\d+).*\| ([\d.]+)", rows.pop(head_set)).groups()
+        assert (int(count), float(alpha)) == (len(heads), heads.provenance["alpha"]), head_set
+    assert not rows
+
+
+def test_what_operators_use_is_listed():
+    """docs/serving.md has every flag, environment variable, route and metric."""
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "vllm_pasta").rglob("*.py"))
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    counters = re.findall(r'Counter\(\s*"(\w+)"', source)
+    names = {
+        *re.findall(r'"(--pasta-[a-z]+)"', source),
+        *re.findall(r"\b(VLLM_PASTA_[A-Z]+)\b", source),
+        *re.findall(r'"(/v1/emphasis/\w+)"', source),
+        *(f"{counter}_total" for counter in counters),
+    }
+    assert len(counters) >= 4
+    assert not {name for name in names if name not in text}

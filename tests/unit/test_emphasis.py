@@ -1,16 +1,14 @@
 """The request's form: what is read, and what is refused with which words."""
 
-import copy
 import json
 import math
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pasta import Emphasis, EmphasisError, HeadSet, ResolvedEmphasis
-from vllm_pasta.request.emphasis import has_emphasis, union
+from vllm_pasta import Emphasis, EmphasisError, HeadSet
+from vllm_pasta.request.emphasis import has_emphasis
 from vllm_pasta.request.marks import Mark
 
 HEADS = HeadSet.from_json({"1": [0]})
@@ -180,29 +178,3 @@ def test_anything_is_read_or_refused(value):
         except EmphasisError as e:
             outcomes.append(str(e).split(":")[0])
     assert len({str(outcome) for outcome in outcomes}) == 1
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 10)), max_size=8))
-def test_union(ranges):
-    """The same tokens; sorted; neither overlapping nor touching."""
-    spans = [(start, start + length) for start, length in ranges]
-    merged = union(spans)
-    assert {t for a, b in merged for t in range(a, b)} == {t for a, b in spans for t in range(a, b)}
-    assert all(b < c for (_, b), (c, _) in pairwise(merged))
-
-
-def test_wire():
-    """What arrives equals what was sent, through JSON-like types alone."""
-    sent = ResolvedEmphasis(((1, 3), (5, 9)), 1 / 3, HeadSet.from_json({"7": [1, 2]}), 12)
-    arrived = ResolvedEmphasis.from_wire(json.loads(json.dumps(sent.to_wire())))
-    assert arrived == sent
-    assert arrived.digest == sent.digest
-    assert copy.deepcopy(sent) == sent
-
-
-@pytest.mark.parametrize(
-    ("spans", "alpha", "plain"),
-    [(((0, 12),), 0.1, True), (((0, 11),), 0.1, False), (((3, 4),), 1.0, True)],
-)
-def test_is_plain(spans, alpha, plain):
-    assert ResolvedEmphasis(spans, alpha, HEADS, 12).is_plain == plain

@@ -81,19 +81,22 @@ def test_pieces_are_not_decoded_alone(capsys, monkeypatch):
     assert entry["text"].strip() == "three colours"
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SHOWN = re.findall(r"^\$ (vllm-pasta explain (?:.*\\\n)*.*)\n((?:(?!\$ |```).*\n)*)", README, re.M)
+PAGES = "".join(
+    (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/marking.md")
+)
+SHOWN = re.findall(r"^\$ (vllm-pasta explain (?:.*\\\n)*.*)\n((?:(?!\$ |```).*\n)*)", PAGES, re.M)
 
 
-def test_readme_shows_every_way():
+def test_documents_show_every_way():
     words = "".join(command for command, _ in SHOWN)
     for way in ("text", "occurrence", "chars", "spans", "message", "role", "<emphasis>", "**"):
         assert way in words
 
 
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=range(len(SHOWN)))
-def test_readme(command, output, smollm2, capsys):
-    """What the README shows is what the program prints."""
+def test_documents(command, output, smollm2, capsys):
+    """What README.md and docs/marking.md show is what the program prints."""
     arguments = shlex.split(command.replace("MODEL", str(smollm2)).replace("\\\n", " "))
     assert main(arguments[1:]) == 0
     printed = capsys.readouterr().out

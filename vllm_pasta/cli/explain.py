@@ -2,23 +2,24 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from vllm_pasta.cli import terminal
 from vllm_pasta.errors import EmphasisError, PastaError
 from vllm_pasta.request.chat import Chat
-from vllm_pasta.request.emphasis import KEY, Emphasis
+from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.locate import Located, Locator
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.resolution import KEY
 from vllm_pasta.request.tokens import decoded
 
+HELP = "which tokens an emphasis marks, without running a model"
 DESCRIPTION = (
     "Shows which tokens of a prompt an emphasis marks, as a server would resolve it. Needs the "
     "model's tokenizer, not its weights."
 )
-BOLD, DIM, RESET = "\033[1;33m", "\033[2m", "\033[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--messages", help="chat messages as JSON; @FILE reads them from a file")
     parser.add_argument(
         "--emphasis", default='{"markup": "tag"}',
-        help="what to emphasise: text, or JSON as in a request (default: tags in the prompt)",
+        help="the part to emphasise: its text, or JSON as in a request (default: the tags in the "
+        "prompt)",
     )  # fmt: skip
     parser.add_argument("--tag", default="emphasis", help="name of the markup tag (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print token ranges as JSON")
@@ -56,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
     markup = Markup(emphasis.markup or "off", args.tag, emphasis.keep_marks in (None, True))
     located = Locator(lambda: tokenizer).locate(emphasis, markup, ids, text, chat)
     if args.json:
-        print(json.dumps(as_json(tokenizer, located), ensure_ascii=False, indent=1))
+        print(json.dumps(to_json(tokenizer, located), ensure_ascii=False, indent=1))
     else:
-        print(coloured(tokenizer, located, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        show(tokenizer, located, sys.stdout)
     return 0
 
 
-def as_json(tokenizer: Any, located: Located) -> dict[str, Any]:
-    """For programs: the prompt's size, and each emphasised range with its tokens."""
+def to_json(tokenizer: Any, located: Located) -> dict[str, Any]:
+    """The prompt's size and each emphasised range with its tokens, as JSON values."""
     ids = located.token_ids
     seen = decoded(ids, tokenizer.decode)
     return {
@@ -80,28 +82,32 @@ def as_json(tokenizer: Any, located: Located) -> dict[str, Any]:
     }
 
 
-def coloured(tokenizer: Any, located: Located, colour: bool) -> str:
-    """For people: the prompt as the model sees it; what is emphasised stands out."""
-    before, after = (BOLD, RESET) if colour else ("«", "»")
+def show(tokenizer: Any, located: Located, stream: TextIO) -> None:
+    """Prints, for people, the prompt as the model sees it; the emphasised tokens stand out."""
     # Decoded as one text: pieces by themselves may lose spaces, or parts of a character.
     seen = decoded(located.token_ids, tokenizer.decode)
     parts, position = [], 0
     for start, end in located.spans:
         a, b = seen.offsets[start][0], seen.offsets[end - 1][1]
-        parts += [seen.text[position:a], before, seen.text[a:b], after]
+        parts += [(seen.text[position:a], False), (seen.text[a:b], True)]
         position = b
-    parts.append(seen.text[position:])
+    parts.append((seen.text[position:], False))
     count = sum(end - start for start, end in located.spans)
     where = ", ".join(f"[{start}, {end})" for start, end in located.spans) or "none"
-    summary = f"{count} of {len(located.token_ids)} tokens emphasised: {where}"
-    return "".join(parts) + "\n\n" + (f"{DIM}{summary}{RESET}" if colour else summary)
+    console = terminal.console(stream)
+    console.print(terminal.marked(parts, terminal.coloured(stream)), soft_wrap=True)
+    console.print(
+        f"\n{count} of {len(located.token_ids)} tokens emphasised: {where}",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer, by transformers.
+    """The model's tokenizer, loaded by transformers.
 
     Raises:
-        PastaError: there is none.
+        PastaError: the model has none.
     """
     from transformers import AutoTokenizer
 

@@ -3,47 +3,49 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 from vllm_pasta._version import __version__
 from vllm_pasta.cli import demo, eval, explain, profile
 from vllm_pasta.errors import PastaError
 
 
+class Command(Protocol):
+    """What a subcommand's module holds.
+
+    Attributes:
+        HELP: One line for the list of commands.
+        DESCRIPTION: The paragraph above the command's own options.
+    """
+
+    HELP: str
+    DESCRIPTION: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Runs the command; returns its exit status."""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": demo,
+    "explain": explain,
+    "eval": eval,
+    "profile": profile,
+}
+
+
 def parser() -> argparse.ArgumentParser:
-    """The parser; each subcommand sets ``run``, which takes the namespace, gives an exit status."""
+    """The parser of all commands; it sets ``run`` to the chosen command's function."""
     top = argparse.ArgumentParser(
         prog="vllm-pasta", description="Emphasis for vLLM: attention steering per request."
     )
     top.add_argument("--version", action="version", version=f"vllm-pasta {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "demo",
-        help="real prompts on vLLM, plain and emphasised, side by side",
-        description=demo.DESCRIPTION,
-    )
-    demo.add_arguments(command)
-    command.set_defaults(run=demo.run)
-    command = commands.add_parser(
-        "explain",
-        help="which tokens an emphasis marks, without running a model",
-        description=explain.DESCRIPTION,
-    )
-    explain.add_arguments(command)
-    command.set_defaults(run=explain.run)
-    command = commands.add_parser(
-        "eval",
-        help="how well a model follows emphasis: tasks × ways to emphasise",
-        description=eval.DESCRIPTION,
-    )
-    eval.add_arguments(command)
-    command.set_defaults(run=eval.run)
-    command = commands.add_parser(
-        "profile",
-        help="find the heads to steer",
-        description=profile.DESCRIPTION,
-    )
-    profile.add_arguments(command)
-    command.set_defaults(run=profile.run)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return top
 
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit status: 0, 1 after an error that we can name, 2 for wrong arguments.
+        The exit status: 0, or 1 after a `PastaError`, 2 for wrong arguments, 130 when interrupted.
     """
     args = parser().parse_args(argv)
     try:

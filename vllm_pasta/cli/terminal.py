@@ -1,24 +1,47 @@
-"""Text in a terminal: display width, wrapping, two columns, highlighting, progress."""
+"""Text in a terminal, drawn by rich: emphasis, tables, progress; and vLLM's output in a file."""
 
 import os
-import re
+import shutil
 import sys
-import threading
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-NARROW_COLUMNS = 60
-"""Below this width two columns are no longer readable: the texts stand one below the other."""
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
-# Mark highlighted text. Control characters, so they have no width and `printable` removes any
-# that come from outside.
-START, END = "\x01", "\x02"
+NARROW_COLUMNS = 60
+"""Below this width two columns are hard to read: the texts stand one below the other."""
+
+EMPHASIS = "bold yellow"
+GAP = 3
+"""Spaces between the columns of a table."""
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether to use colour: on a terminal, unless NO_COLOR holds anything (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def console(stream: TextIO) -> Console:
+    """A console that prints text as it is: rich's own markup and highlighting are off."""
+    return Console(
+        file=stream,
+        width=shutil.get_terminal_size((100, 24)).columns,
+        force_terminal=stream.isatty(),
+        color_system="auto" if coloured(stream) else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 def printable(text: str) -> str:
@@ -28,74 +51,69 @@ def printable(text: str) -> str:
     )
 
 
-def display_width(text: str) -> int:
-    """Columns that ``text`` takes: two for wide East Asian characters, none for combining ones."""
-    return sum(
-        0
-        if unicodedata.category(c) in ("Cc", "Cf", "Me", "Mn")
-        else 2
-        if unicodedata.east_asian_width(c) in "WF"
-        else 1
-        for c in text
-    )
+def marked(parts: Iterable[tuple[str, bool]], colour: bool) -> Text:
+    """Joins the parts of a text; the emphasised ones are coloured, or stand between « and ».
+
+    Args:
+        parts: Pieces of the text, each with whether it is emphasised.
+        colour: Whether to use colour.
+    """
+    text = Text()
+    for part, emphasised in parts:
+        if emphasised and not colour:
+            text.append(f"«{printable(part)}»")
+        else:
+            text.append(printable(part), style=EMPHASIS if emphasised else None)
+    return text
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """Breaks ``text`` into lines of at most ``width`` columns; keeps line ends and indentation."""
-    lines = []
-    for line in text.split("\n"):
-        current = ""
-        for word in re.findall(r"\s*\S+", line):
-            if current and display_width(current + word) > width:
-                lines.append(current)
-                word = word.lstrip()
-                current = ""
-            current += word
-            while display_width(current) > width:
-                head = _head(current, width)
-                lines.append(head)
-                current = current[len(head) :]
-        lines.append(current)
-    return lines
+def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) -> RenderableType:
+    """Two titled texts in two columns, or one below the other where ``width`` is narrow.
 
-
-def _head(text: str, width: int) -> str:
-    """The longest beginning of at most ``width`` columns, but at least one character."""
-    end = 1
-    while end < len(text) and display_width(text[: end + 1]) <= width:
-        end += 1
-    return text[:end]
-
-
-def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) -> list[str]:
-    """Two titled texts in two columns, or one below the other where ``width`` is narrow."""
+    Args:
+        titles: A title of one line for each text.
+        texts: The texts; control characters are not shown.
+        width: Columns of the terminal.
+    """
     if width < NARROW_COLUMNS:
-        return [
-            line
-            for title, text in zip(titles, texts, strict=True)
-            for line in (title, *(f"  {line}" for line in wrap(text, max(width - 2, 1))))
-        ]
-    column = (width - 3) // 2
-    left, right = ([title, *wrap(text, column)] for title, text in zip(titles, texts, strict=True))
-    return [
-        f"{a}{' ' * (column - display_width(a))} │ {b}".rstrip()
-        for a, b in zip_longest(left, right, fillvalue="")
-    ]
-
-
-def highlight(lines: list[str], on: str, off: str) -> Iterator[str]:
-    """Puts ``on`` and ``off`` around what stands between ``START`` and ``END``, line by line."""
-    inside = False
-    for line in lines:
-        shown = (on if inside else "") + line.replace(START, on).replace(END, off)
-        inside = line.rfind(START) > line.rfind(END) or (
-            inside and START not in line and END not in line
+        return Group(
+            *(
+                part
+                for title, text in zip(titles, texts, strict=True)
+                for part in (Text(title), Padding(Text(printable(text)), (0, 0, 0, 2)))
+            )
         )
-        yield shown + (off if inside else "")
+    table = Table(box=box.MINIMAL, show_header=False, show_edge=False, pad_edge=False)
+    for _ in titles:
+        table.add_column(width=(width - 3) // 2, overflow="fold")
+    table.add_row(*map(Text, titles))
+    table.add_row(*(Text(printable(text)) for text in texts))
+    return table
+
+
+def table(cells: Sequence[Sequence[str]]) -> Table:
+    """A table: the first line is the heading, the first column holds the rows' names."""
+    heading, *lines = cells
+    drawn = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
+    for number, title in enumerate(heading):
+        drawn.add_column(Text(title), justify="right" if number else "left", no_wrap=True)
+    for line in lines:
+        drawn.add_row(*map(Text, line))
+    return drawn
+
+
+def print_table(cells: Sequence[Sequence[str]]) -> None:
+    """Prints `table` to stdout; a line that is wider than the terminal is not cut."""
+    drawn, out = table(cells), console(sys.stdout)
+    unbounded = out.options.update(max_width=10_000)
+    out.width = max(out.width, out.measure(drawn, options=unbounded).maximum)
+    out.print(drawn)
 
 
 class Phase:
-    """Shows that something is under way, with a dot every two seconds, and times it.
+    """Shows that something is under way, and times it.
+
+    On a terminal a spinner turns meanwhile; elsewhere a line says what begins.
 
     Attributes:
         seconds: Wall time, once the phase has ended.
@@ -103,15 +121,26 @@ class Phase:
 
     def __init__(self, what: str, stream: TextIO) -> None:
         self._what = what
-        self._stream = stream
-        self._ended = threading.Event()
-        self._dots = threading.Thread(target=self._show_dots, daemon=True)
+        self._console = console(stream)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            # What other code prints meanwhile goes where it did before: see `output_to_file`.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not self._console.is_terminal,
+        )
         self.seconds = 0.0
 
     def __enter__(self) -> "Phase":
-        self._write(f"{self._what} ")
         self._start = time.perf_counter()
-        self._dots.start()
+        if self._progress.disable:
+            self._console.print(f"{self._what} …", soft_wrap=True)
+        self._progress.add_task(self._what, total=None)
+        self._progress.start()
         return self
 
     def __exit__(
@@ -121,17 +150,9 @@ class Phase:
         _traceback: TracebackType | None,
     ) -> None:
         self.seconds = time.perf_counter() - self._start
-        self._ended.set()
-        self._dots.join()
-        self._write(f" {'failed after ' if error else ''}{self.seconds:.1f} s\n")
-
-    def _show_dots(self) -> None:
-        while not self._ended.wait(2):
-            self._write(".")
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        self._progress.stop()
+        failed = "failed after " if error else ""
+        self._console.print(f"{self._what}: {failed}{self.seconds:.1f} s", soft_wrap=True)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
-from vllm_pasta.errors import ConfigError, HeadSetError
+from vllm_pasta.errors import ConfigError
 from vllm_pasta.request.emphasis import MARKUPS, parse_alpha
-from vllm_pasta.request.heads import HeadSet, bundled
+from vllm_pasta.request.heads import HeadSet, bundled, find
 from vllm_pasta.request.markup import Markup
 
 if TYPE_CHECKING:
@@ -29,22 +29,20 @@ class PastaConfig:
         alpha: Scale factor of requests that give none.
         head_sets: Head sets that requests may name.
         markup: Markup of requests that choose none; off unless configured.
-        gpu: Whether emphasis may run on a GPU, where it is experimental.
     """
 
     heads: HeadSet | None
     alpha: float
     head_sets: Mapping[str, HeadSet]
     markup: Markup = field(default_factory=Markup)
-    gpu: bool = False
 
     @classmethod
     def parse(cls, value: Any) -> "PastaConfig":
         """Reads the ``pasta`` section; every field may be absent.
 
         ``{"heads": …, "alpha": …, "head_sets": {name: path}, "markup": …, "tag": …,
-        "keep_marks": …, "gpu": "experimental"}``. ``heads`` is the path of a head set file, the
-        name of a head set, or ``{"layer": [heads]}``.
+        "keep_marks": …}``. ``heads`` is the path of a head set file, the name of a head set, or
+        ``{"layer": [heads]}``.
 
         Raises:
             ConfigError: unknown field or wrong type.
@@ -52,10 +50,11 @@ class PastaConfig:
         """
         if not isinstance(value, Mapping):
             raise ConfigError(f"additional_config[{KEY!r}]: expected an object, got {value!r:.80}")
-        known = ("heads", "alpha", "head_sets", "markup", "tag", "keep_marks", "gpu")
+        known = ("heads", "alpha", "head_sets", "markup", "tag", "keep_marks")
         if unknown := [key for key in value if key not in known]:
+            hint = ": leave it out, a GPU need not be asked for" if unknown[0] == "gpu" else ""
             raise ConfigError(
-                f"additional_config[{KEY!r}]: unknown field {unknown[0]!r}; "
+                f"additional_config[{KEY!r}]: unknown field {unknown[0]!r}{hint}; "
                 f"known are {', '.join(known)}"
             )
         head_sets = bundled()
@@ -75,7 +74,6 @@ class PastaConfig:
             alpha,
             head_sets,
             _markup(value.get("markup"), value.get("tag"), value.get("keep_marks")),
-            _gpu(value.get("gpu")),
         )
 
     @classmethod
@@ -89,16 +87,6 @@ class PastaConfig:
 def is_enabled(vllm_config: "VllmConfig") -> bool:
     """Whether the engine was asked to honour emphasis: by its config, or by ``VLLM_PLUGINS``."""
     return _section(vllm_config) is not None or KEY in (envs.VLLM_PLUGINS or ())
-
-
-def allows_gpu(vllm_config: "VllmConfig") -> bool:
-    """Whether the engine was asked to honour emphasis on a GPU, where it is experimental.
-
-    Raises:
-        ConfigError: the field ``gpu`` is malformed.
-    """
-    section = _section(vllm_config)
-    return isinstance(section, Mapping) and _gpu(section.get("gpu"))
 
 
 def _section(vllm_config: "VllmConfig") -> Any:
@@ -119,20 +107,9 @@ def _markup(kind: Any, tag: Any, keep_marks: Any) -> Markup:
     return Markup(kind, tag, keep_marks)
 
 
-def _gpu(value: Any) -> bool:
-    if value not in (None, "experimental"):
-        raise ConfigError(f'gpu: expected "experimental", got {value!r:.80}')
-    return value is not None
-
-
 def _head_set(value: Any, known: Mapping[str, HeadSet]) -> HeadSet:
     if isinstance(value, Mapping):
         return HeadSet.from_json(value)
     if not isinstance(value, str):
         raise ConfigError(f"expected a head set's path, name or object, got {value!r:.80}")
-    if value in known:
-        return known[value]
-    try:
-        return HeadSet.load(value)
-    except HeadSetError as e:
-        raise HeadSetError(f"{e}. Head sets known by name: {', '.join(sorted(known))}") from e
+    return find(value, known)

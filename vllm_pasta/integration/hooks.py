@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration.frontend import flags
-from vllm_pasta.request.emphasis import WIRE_KEY
+from vllm_pasta.request.resolution import WIRE_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration.config import allows_gpu
 from vllm_pasta.integration.plugin import GPU_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
 
@@ -96,10 +95,6 @@ def _gpu_reasons(vllm_config: "VllmConfig") -> dict[str, bool]:
     cache_dtype = vllm_config.cache_config.cache_dtype
     own_dtype = str(model.dtype).removeprefix("torch.")
     return {
-        "emphasis on a GPU is experimental, was never run on one, and wants to be asked for: "
-        "--pasta-gpu experimental, or additional_config={'pasta': {'gpu': 'experimental'}}": (
-            not allows_gpu(vllm_config)
-        ),
         f"on a GPU emphasis needs vLLM {GPU_VLLM}x, this is {vllm.__version__}": (
             not vllm.__version__.startswith(GPU_VLLM)
         ),

@@ -1,65 +1,27 @@
-"""Asks a model: one vLLM engine, every request with its own heads, alpha and emphasis."""
+"""Asks a model questions: one vLLM engine, every request with its own heads, alpha and emphasis."""
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_pasta._version import __version__
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling.methods import Head, Method
+from vllm_pasta.profiling.methods import Method
 from vllm_pasta.profiling.prompts import Prompt, Prompter
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Answer, Probe
 
 CHUNK = 1024
-"""Requests in one call: an interrupted run loses at most so many answers."""
+"""Requests in one call of the engine: an interrupted run loses at most so many answers."""
 
 Shots = Callable[[Trial], Sequence[Probe]]
 
 
-def num_heads(model: str) -> tuple[int, int]:
-    """Number of layers, and of query heads in each, by the model's configuration."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    return config.num_hidden_layers, config.num_attention_heads
-
-
-def every_head(model: str) -> list[Head]:
-    """All heads of a model, in order."""
-    layers, heads = num_heads(model)
-    return [(layer, head) for layer in range(layers) for head in range(heads)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the answers depend on."""
-    found = {"vllm-pasta": __version__}
-    for package in ("vllm", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def describe(name: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What all answers of a run depend on: see `Store`."""
-    config = Path(model) / "config.json"
-    revision = sha256(config.read_bytes()).hexdigest()[:12] if config.is_file() else "hub"
-    kept = {k: v for k, v in options.items() if k in ("dtype", "quantization", "revision")}
-    return {"model": name, "config": revision, "options": kept, "versions": versions()}
-
-
 class Asker:
-    """Answers trials, from the store where it has them, else by the engine.
+    """Answers trials: from the store if it holds the answer, otherwise by the engine.
 
-    The engine is started when it is first needed: a run that only reads needs none.
+    The engine starts when it is first needed, so a run that finds every answer starts none.
     """
 
     def __init__(
@@ -71,15 +33,16 @@ class Asker:
         stop_after: float | None = None,
         shots: Shots = lambda trial: (),
     ) -> None:
-        """Prepares.
+        """Keeps the arguments; starts nothing.
 
         Args:
             model: A model for vLLM.
             options: Arguments of ``vllm.LLM``.
             store: Where answers are kept.
-            session: Made and entered before the engine starts: gives the stream for progress.
-            stop_after: Seconds after which to stop asking.
-            shots: Demonstrations of a trial.
+            session: Makes a context that is entered before the engine starts, and that gives the
+                stream for progress.
+            stop_after: Seconds after which no further requests are made.
+            shots: Gives a trial's demonstrations.
         """
         self._model, self._options, self._store = model, options, store
         self._session, self._shots = session, shots
@@ -97,14 +60,16 @@ class Asker:
         self._stack.__exit__(*error)
 
     def ask(self, trials: Iterable[Trial], what: str) -> list[Answer]:
-        """Answers of all trials, whose order it keeps: neighbours share cached prefixes.
+        """Returns the answers to all trials, in their order.
+
+        The engine is asked in that order too: neighbours share cached prefixes.
 
         Args:
-            trials: What to ask.
-            what: For the progress bar.
+            trials: The questions, and how to ask them.
+            what: The label of the progress bar.
 
         Raises:
-            PastaError: the time is up; the same command goes on.
+            PastaError: the time is up; the same command continues.
         """
         trials = list(trials)
         missing = list({trial.key: trial for trial in trials if trial not in self._store}.values())
@@ -117,7 +82,7 @@ class Asker:
                     if self._deadline is not None and time.monotonic() > self._deadline:
                         raise PastaError(
                             f"stopped after the time given: {len(missing) - at} of {len(trials)} "
-                            f"answers ({what}) are still to come. The same command goes on"
+                            f"answers ({what}) are still missing. The same command continues"
                         )
                     chunk = missing[at : at + CHUNK]
                     began = time.perf_counter()
@@ -171,7 +136,7 @@ def _is_generated(probe: Probe) -> bool:
 
 
 def _answer(probe: Probe, prompt: Prompt, output: Any) -> Answer:
-    """From vLLM's ``RequestOutput``."""
+    """Builds the answer from vLLM's ``RequestOutput``."""
     if probe.likelihood:
         rows = output.prompt_logprobs[-len(prompt.target) :]
         values = [rows[at][prompt.target[at]].logprob for at in prompt.judged]
@@ -184,36 +149,13 @@ def _answer(probe: Probe, prompt: Prompt, output: Any) -> Answer:
 
 
 def emphasis(prompt: Prompt, method: Method) -> dict[str, Any] | None:
-    """``extra_args`` of a request; None where the method does not steer."""
+    """The ``extra_args`` of a request, or None if the method steers no heads."""
     if method.heads is None:
         return None
     return {
         "emphasis": {
             "spans": [list(span) for span in prompt.spans],
             "alpha": method.alpha,
-            "heads": {str(layer): list(heads) for layer, heads in method.heads.layers},
+            "heads": method.heads.to_json(),
         }
     }
-
-
-def parse_options(text: str | None, eager: bool) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``: ours, which suit many short prompts, and the user's over them.
-
-    Raises:
-        PastaError: not a JSON object.
-    """
-    try:
-        given = json.loads(text or "{}")
-    except ValueError as e:
-        raise PastaError(f"--engine: expected a JSON object: {e}") from None
-    if not isinstance(given, dict):
-        raise PastaError(f"--engine: expected a JSON object, got {text!r:.80}")
-    ours = {
-        "max_num_batched_tokens": 4096,
-        "max_num_seqs": 256,
-        "gpu_memory_utilization": 0.1,  # must be free at the start; short prompts need little
-        "disable_log_stats": True,
-        "enforce_eager": eager,
-        "additional_config": {"pasta": {}},
-    }
-    return {**ours, **given}

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist, correlation, fmean, variance
 
-Z = 1.96  # 95 %
+CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 @dataclass(frozen=True)
@@ -20,23 +22,21 @@ class Estimate:
     def of(cls, values: Sequence[float]) -> "Estimate":
         """Wilson's interval where all values are 0 or 1, else the normal approximation."""
         n = len(values)
-        mean = sum(values) / n
+        mean = fmean(values)
         if all(value in (0.0, 1.0) for value in values):
             centre = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
             half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
             return cls(mean, centre - half, centre + half, n)
-        variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
-        half = Z * math.sqrt(variance / n)
+        half = Z * math.sqrt(variance(values) / n) if n > 1 else 0.0
         return cls(mean, mean - half, mean + half, n)
 
 
-def overlap(ours: Sequence[Hashable], theirs: Sequence[Hashable], k: int) -> float:
-    """Share of their first ``k`` that is among our first ``k``."""
-    return len({*ours[:k]} & {*theirs[:k]}) / min(k, len(theirs))
+def overlap(ranking: Sequence[Hashable], other: Sequence[Hashable], k: int) -> float:
+    """Share of ``other``'s first ``k`` items that are among ``ranking``'s first ``k``."""
+    return len({*ranking[:k]} & {*other[:k]}) / min(k, len(other))
 
 
-def rank_correlation(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
-    """Spearman's, of two orders of the same things."""
-    at = {item: rank for rank, item in enumerate(theirs)}
-    n = len(ours)
-    return 1 - 6 * sum((rank - at[item]) ** 2 for rank, item in enumerate(ours)) / (n**3 - n)
+def rank_correlation(ranking: Sequence[Hashable], other: Sequence[Hashable]) -> float:
+    """Spearman's correlation of two orders of the same things, from -1 to 1."""
+    at = {item: rank for rank, item in enumerate(other)}
+    return correlation(range(len(ranking)), [at[item] for item in ranking])

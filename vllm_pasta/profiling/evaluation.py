@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.estimates import Estimate
 from vllm_pasta.profiling.methods import Method
 from vllm_pasta.profiling.store import Trial
 from vllm_pasta.tasks import Answer, Example, Probe, Task
-from vllm_pasta.tasks.base import mean
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def _row(task: Task, method: Method, scores: Sequence[dict[str, float]]) -> Row:
         metric: [score[metric] for score in scores if metric in score] for metric in task.columns
     }
     metrics = {metric: Estimate.of(found) for metric, found in values.items() if found}
-    return Row(task.name, method, metrics, mean([metrics[name].mean for name in task.judged]))
+    return Row(task.name, method, metrics, fmean([metrics[name].mean for name in task.judged]))

@@ -4,16 +4,35 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_pasta.errors import HeadSetError, PastaError
-from vllm_pasta.request.heads import HeadSet, bundled
+from vllm_pasta.request import heads as head_sets
+from vllm_pasta.request.heads import HeadSet
 
 Head = tuple[int, int]
 """Layer and query head, both from 0 on."""
 
 SHOTS = 3
 """Demonstrations of "few-shot", as in the paper."""
+
+
+def head_name(head: Head) -> str:
+    """How commands, head set files and reports write a head: ``17.3`` is head 3 of layer 17."""
+    return f"{head[0]}.{head[1]}"
+
+
+def parse_head(name: str) -> Head:
+    """Reads a `head_name`.
+
+    Raises:
+        PastaError: it is not one.
+    """
+    match = re.fullmatch(r"(\d+)\.(\d+)", name)
+    if not match:
+        raise PastaError(f"expected a head such as 17.3 (layer 17, head 3), got {name!r}")
+    return int(match[1]), int(match[2])
+
 
 MARKS = {"starred": "*", "quoted": '"'}
 
@@ -25,11 +44,11 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Method:
-    """One way.
+    """One way to make a model follow a part of its prompt.
 
     Attributes:
-        name: What tables call it.
-        mark: Put on both sides of what is emphasised.
+        name: The method's name in tables.
+        mark: Text put on both sides of the emphasised part; may be empty.
         shots: Number of demonstrations before the prompt.
         heads: Steered heads; None means no steering.
         alpha: Scale factor of the steered heads' attention to the prompt's other tokens.
@@ -43,7 +62,7 @@ class Method:
 
     @property
     def key(self) -> str:
-        """Tells apart what is computed differently, whatever it is called."""
+        """Differs between methods that compute different things; the name plays no part."""
         if self.heads is None:
             return f"{self.mark}{self.shots}"
         wire = json.dumps(self.heads.to_wire())
@@ -55,7 +74,7 @@ PLAIN = Method("zero-shot")
 
 
 def steer(name: str, heads: Sequence[Head], alpha: float) -> Method:
-    """Steers exactly these heads."""
+    """The method that steers exactly these heads."""
     return Method(name, heads=head_set(heads), alpha=alpha)
 
 
@@ -68,15 +87,15 @@ def head_set(heads: Sequence[Head]) -> HeadSet:
 
 
 def parse(text: str, alpha: float, every: Sequence[Head]) -> Method:
-    """A method by its name on the command line.
+    """The method of that name.
 
     Args:
-        text: See `KNOWN`.
-        alpha: For methods that steer.
+        text: A name; `KNOWN` lists them.
+        alpha: Scale factor of a method that steers.
         every: All heads of the model.
 
     Raises:
-        PastaError: unknown, or heads that the model does not have.
+        PastaError: the name is unknown, or it names heads that the model does not have.
     """
     if text == PLAIN.name:
         return PLAIN
@@ -92,10 +111,10 @@ def parse(text: str, alpha: float, every: Sequence[Head]) -> Method:
         if not chosen or last > every[-1][0]:
             raise PastaError(f"{text}: this model's layers are 0 to {every[-1][0]}")
         return steer(text, chosen, alpha)
-    if match := re.fullmatch(r"head:(\d+)\.(\d+)", text):
-        head = int(match[1]), int(match[2])
+    if re.fullmatch(r"head:\d+\.\d+", text):
+        head = parse_head(text.removeprefix("head:"))
         if head not in every:
-            raise PastaError(f"{text}: this model's last head is {every[-1][0]}.{every[-1][1]}")
+            raise PastaError(f"{text}: this model's last head is {head_name(every[-1])}")
         return steer(text, [head], alpha)
     return Method(text, heads=load_heads(text, every), alpha=alpha)
 
@@ -104,11 +123,51 @@ def load_heads(text: str, every: Sequence[Head]) -> HeadSet:
     """A head set by name or file, checked against the model.
 
     Raises:
-        PastaError: there is none; or a head that the model does not have.
+        PastaError: there is no such head set; or it has a head that the model does not have.
     """
     try:
-        heads = bundled().get(text) or HeadSet.load(text)
+        heads = head_sets.find(text)
     except HeadSetError as e:
         raise PastaError(f"method {text!r}: expected {KNOWN}; {e}") from e
     heads.check(every[-1][0] + 1, every[-1][1] + 1)
     return heads
+
+
+def parse_all(
+    texts: Sequence[str], alphas: Sequence[float], counts: Sequence[int], every: Sequence[Head]
+) -> list[Method]:
+    """All methods of these names; those that steer, once for each alpha.
+
+    Args:
+        texts: Names, see `KNOWN`.
+        alphas: Scale factors.
+        counts: For head sets that a profile made: further methods, each with that many heads from
+            the top of the profile's rankings.
+        every: All heads of the model.
+
+    Raises:
+        PastaError: as `parse`; or a count is above the number of ranked heads.
+    """
+    found: dict[str, Method] = {}
+    for text in texts:
+        for alpha in alphas:
+            method = parse(text, alpha, every)
+            methods = [method]
+            if method.heads and counts and "profiles" in method.heads.provenance:
+                methods += _first_of_ranking(method, counts)
+            for each in methods:
+                swept = each.heads is not None and len(alphas) > 1
+                name = f"{each.name} α={alpha:g}" if swept else each.name
+                found[name] = replace(each, name=name)
+    return list(found.values())
+
+
+def _first_of_ranking(method: Method, counts: Sequence[int]) -> list[Method]:
+    """The first heads of a profile's ranking; heads of several tasks' rankings take turns."""
+    assert method.heads is not None
+    rankings = [p["ranking"] for p in method.heads.provenance["profiles"].values()]
+    order = list(dict.fromkeys(name for turn in zip(*rankings, strict=True) for name in turn))
+    if max(counts) > len(order):
+        raise PastaError(f"expected at most the model's {len(order)} heads, got {max(counts)}")
+    heads = [parse_head(name) for name in order]
+    return [steer(f"{method.name}: top {count}", heads[:count], method.alpha) for count in counts]

@@ -1,16 +1,18 @@
-"""The paper's ablations as plots: which heads, how many, and α."""
+"""Plots: the effect of every head, and the paper's ablations (which heads, how many, and α)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.evaluation import Row
+from vllm_pasta.profiling.ranking import Profile
 from vllm_pasta.tasks import Task
 
 
-def draw(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -> None:
-    """One line of plots per task: every method's score; score and fluency by heads, and by α.
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, set to draw into files.
 
     Raises:
         PastaError: matplotlib is not installed.
@@ -18,10 +20,22 @@ def draw(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -> 
     try:
         import matplotlib
     except ModuleNotFoundError as e:
-        raise PastaError("--plots: needs matplotlib: pip install vllm-pasta[bench]") from e
+        raise PastaError("matplotlib is not installed: pip install vllm-pasta[bench]") from e
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def methods(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -> None:
+    """Draws three plots per task: every method's score, score by number of heads, score by α.
+
+    The last two show fluency too, if the task has it.
+
+    Raises:
+        PastaError: matplotlib is not installed.
+    """
+    plt = pyplot()
     figure, axes = plt.subplots(len(tasks), 3, figsize=(14, 4 * len(tasks)), squeeze=False)
     for task, (bars, sizes, alphas) in zip(tasks, axes, strict=True):
         of = [row for row in rows if row.task == task.name]
@@ -40,10 +54,7 @@ def draw(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -> 
     plt.close(figure)
 
 
-def _curve(axis: object, label: str, points: list[tuple[float, Row]]) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axis, Axes)
+def _curve(axis: Any, label: str, points: list[tuple[float, Row]]) -> None:
     axis.set_xlabel(label)
     if not points:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
@@ -57,3 +68,35 @@ def _curve(axis: object, label: str, points: list[tuple[float, Row]]) -> None:
         second.plot(at, [row.metrics["fluency"].mean for _, row in points], "s--", color="C1")
         second.set_ylabel("fluency", color="C1")
         second.set_ylim(bottom=0)
+
+
+def heat_map(path: Path, profiles: Sequence[Profile], info: Mapping[str, Any]) -> None:
+    """Draws layer × head for each task: how steering that head alone changes its objective.
+
+    Heads that the model was not asked about show the gradient's estimate.
+
+    Raises:
+        PastaError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(profiles), figsize=(1 + 3.2 * len(profiles), 6), squeeze=False
+    )
+    for axis, profile in zip(axes[0], profiles, strict=True):
+        changes = {
+            r.head: (r.estimate or 0.0) if r.score is None else r.score - profile.plain
+            for r in profile.ranking
+        }
+        layers, heads = (1 + max(head[i] for head in changes) for i in (0, 1))
+        grid = [[changes[layer, head] for head in range(heads)] for layer in range(layers)]
+        limit = max(abs(value) for value in changes.values()) or 1.0
+        image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_title(f"{profile.task.name}: change of {profile.objective}", fontsize=9)
+        axis.set_xlabel("query head")
+        axis.set_xticks(range(heads))
+        axis.set_ylabel("layer")
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    figure.suptitle(f"{info['model']}, one head steered at a time, α {info['alpha']:g}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

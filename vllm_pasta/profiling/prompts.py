@@ -1,16 +1,17 @@
-"""From a probe and a method to token ids and emphasised token ranges."""
+"""Builds prompts: from a probe and a method to token ids and emphasised token ranges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling.methods import Method
-from vllm_pasta.request.emphasis import Span
+from vllm_pasta.profiling.methods import SHOTS, Method
+from vllm_pasta.request.resolution import Span
 from vllm_pasta.request.tokens import Tokenized
-from vllm_pasta.tasks import Probe
+from vllm_pasta.tasks import Probe, Task, sample
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class Prompt:
     Attributes:
         ids: The prompt's token ids; for a likelihood, the target's after them.
         spans: Emphasised token ranges.
-        choices: The first token of each choice; none where an answer is generated.
+        choices: The first token of each choice; empty if an answer is generated.
         target: Token ids of the ideal answer.
         foil: Token ids of the answer that must be less likely.
-        judged: Which of the target's tokens its likelihood is judged by: those that the foil has
-            not, or all where it has all or is empty.
+        judged: Indices of the target's tokens that count towards its likelihood: those that differ
+            from the foil, or all if none differs or there is no foil.
     """
 
     ids: list[int]
@@ -47,12 +48,12 @@ class Prompter:
         self._tokenizer = tokenizer
 
     def build(self, probe: Probe, method: Method, shots: Sequence[Probe] = ()) -> Prompt:
-        """The prompt of one probe.
+        """Builds the prompt of one probe.
 
         Args:
-            probe: What is asked.
-            method: Its mark is put around what is emphasised, here and in demonstrations.
-            shots: Probes to show before, each with its target.
+            probe: The question.
+            method: Its mark is put around the emphasised part, here and in demonstrations.
+            shots: Probes to show before the question, each with its target.
 
         Raises:
             PastaError: the chat template changes the prompt's text; or an answer's tokens merge
@@ -79,15 +80,15 @@ class Prompter:
             if not words:
                 return []
             whole = list(self._encode(text + ("" if chat else " ") + words, chat)["input_ids"])
-            # Where a token stands for the prompt's end and the answer's beginning, comparing
-            # answers by their first tokens would tell nothing.
+            # If one token covers the prompt's end and the answer's beginning, comparing answers by
+            # their first tokens would say nothing.
             if whole[: len(ids)] != ids or len(whole) == len(ids):
                 raise PastaError(f"the tokens of {words!r} merge with those of {question[-40:]!r}")
             return whole[len(ids) :]
 
         target, foil = answer(probe.target), answer(probe.foil)
         if probe.likelihood:
-            # As if it had been generated: generated tokens are never scaled, nor are these.
+            # Generated tokens are never scaled, so the target's are emphasised as well.
             ranges = spans, (len(ids), len(ids) + len(target))
             return Prompt(ids + target, ranges, [], target, foil)
         choices = [answer(choice)[0] for choice in probe.choices]
@@ -111,3 +112,18 @@ class Prompter:
 
 def _marked(probe: Probe, mark: str) -> str:
     return f"{probe.before}{mark}{probe.emphasis}{mark}{probe.after}"
+
+
+def demonstrations(task: Task, folder: Path | None) -> list[Probe]:
+    """Probes with ideal answers to show before a question: always the same of the train split.
+
+    Args:
+        task: The task.
+        folder: Folder with public files, see `sample`. If the task's file has no ideal answers,
+            generated examples take its place.
+    """
+    probes = [
+        task.ranking_probes(example)[0]
+        for example in sample(task, "train", SHOTS, folder=folder).examples
+    ]
+    return probes if all(probe.target for probe in probes) else demonstrations(task, None)

@@ -4,16 +4,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling import search
 from vllm_pasta.profiling.asker import Asker
-from vllm_pasta.profiling.methods import PLAIN, Head, Method, steer
+from vllm_pasta.profiling.methods import PLAIN, Head, Method, head_name, steer
 from vllm_pasta.profiling.search import Pair, Ranked
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Sample, Task
-from vllm_pasta.tasks.base import mean
 
 Search = Literal["full", "halving", "gradient"]
 
@@ -27,11 +27,11 @@ class Profile:
     Attributes:
         task: The task.
         objective: The metric that heads are ranked by.
-        train: The examples that they are ranked on.
+        train: The examples that heads are ranked on.
         plain: Mean objective without steering.
         ranking: All heads, best first.
-        requests: Answers that the ranking needed, whenever they were given.
-        gradient_seconds: Time that estimates took, the model's loading included.
+        requests: Number of answers that the ranking needed, those of earlier runs included.
+        gradient_seconds: Time that the estimates took, in seconds, loading the model included.
     """
 
     task: Task
@@ -43,29 +43,37 @@ class Profile:
     gradient_seconds: float
 
 
+def rankings(profiles: Sequence[Profile]) -> dict[str, list[Head]]:
+    """Task -> heads, best first."""
+    return {p.task.name: [ranked.head for ranked in p.ranking] for p in profiles}
+
+
 class Ranker:
     """Ranks heads for one task."""
 
     def __init__(
         self, asker: Asker, store: Store, task: Task, train: Sample, alpha: float, likelihood: bool
     ) -> None:
-        """Prepares.
+        """Keeps the arguments; asks nothing.
 
         Args:
             asker: Asks the model.
-            store: Where estimates are kept.
-            task: For what.
-            train: On which examples.
+            store: Keeps gradient estimates.
+            task: The task to rank heads for.
+            train: The examples to rank heads on.
             alpha: Scale factor.
-            likelihood: Where answers would be generated, rank by the ideal answer's
-                log-probability.
+            likelihood: For a task whose answers are generated: rank by the ideal answer's
+                log-probability instead.
+
+        Raises:
+            PastaError: ``likelihood``, and the examples have no ideal answers.
         """
         self._asker, self._store = asker, store
         self._task, self._train, self._alpha = task, train, alpha
         probes = [task.ranking_probes(example) for example in train.examples]
         self._targets = all(probe.target for of in probes for probe in of)
         if likelihood:
-            self._check_targets("--likelihood")
+            self._check_targets("ranking by likelihood")
         generated = not any(probe.choices for of in probes for probe in of)
         self._likelihood = likelihood and generated
         self._probes = [[replace(p, likelihood=self._likelihood) for p in of] for of in probes]
@@ -76,13 +84,16 @@ class Ranker:
 
         Args:
             heads: All heads of the model.
-            kind: Which search.
+            kind: The search to use.
             model: The model's name or folder, for gradients on transformers.
+
+        Raises:
+            PastaError: a gradient search, and the examples have no ideal answers.
         """
         if kind == "gradient":
-            self._check_targets("--search gradient")
+            self._check_targets("the gradient search")
         examples = len(self._train.examples)
-        plain = mean(self._scores([(PLAIN, i) for i in range(examples)]))
+        plain = fmean(self._scores([(PLAIN, i) for i in range(examples)]))
         seconds = 0.0
         if kind == "gradient":
             estimates, seconds = self._estimates(model)
@@ -93,19 +104,19 @@ class Ranker:
         objective = LIKELIHOOD if self._likelihood else self._task.objective
         return Profile(self._task, objective, self._train, plain, ranking, self._asked, seconds)
 
-    def _check_targets(self, option: str) -> None:
+    def _check_targets(self, what: str) -> None:
         if not self._targets:
             raise PastaError(
-                f"{option}: needs ideal answers, and {self._train.source} has none for "
-                f"{self._task.name}: leave the option out, or unset --data and $VLLM_PASTA_DATA "
-                "for examples that have them"
+                f"{what} needs ideal answers, and {self._train.source} has none for "
+                f"{self._task.name}: rank by other means, or on the built-in examples, which have "
+                "them (unset VLLM_PASTA_DATA)"
             )
 
     def score(self, pairs: list[Pair]) -> list[float]:
         """The objective where one head alone is steered, for each pair of a head and an example."""
         self._asked += len(pairs)
         heads = {head for head, _ in pairs}
-        methods = {head: steer(f"head:{head[0]}.{head[1]}", [head], self._alpha) for head in heads}
+        methods = {head: steer(f"head:{head_name(head)}", [head], self._alpha) for head in heads}
         return self._scores([(methods[head], i) for head, i in pairs])
 
     def _scores(self, pairs: Sequence[tuple[Method, int]]) -> list[float]:
@@ -120,13 +131,13 @@ class Ranker:
         for _, i in pairs:
             of = {probe.name: next(answers) for probe in self._probes[i]}
             if self._likelihood:
-                scores.append(mean([answer.logprobs[0] for answer in of.values()]))
+                scores.append(fmean([answer.logprobs[0] for answer in of.values()]))
             else:
                 scores.append(task.score(examples[i], of)[task.objective])
         return scores
 
     def _estimates(self, model: str) -> tuple[dict[Head, float], float]:
-        """By gradients, and the seconds they took, now or in an earlier run."""
+        """The gradients' estimates, and the seconds they took, in this run or an earlier one."""
         note = f"gradient|{self._task.name}|{self._train.digest}|{self._alpha:g}"
         if note not in self._store.notes:
             from transformers import AutoTokenizer

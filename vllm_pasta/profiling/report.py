@@ -1,25 +1,23 @@
-"""What a profile found: provenance for the head set, a Markdown report, heat maps."""
+"""The results of a profile: provenance for the head set, and a report in Markdown."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_pasta.profiling import tables
+from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling import plots, tables
 from vllm_pasta.profiling.estimates import overlap, rank_correlation
 from vllm_pasta.profiling.evaluation import Row
-from vllm_pasta.profiling.methods import Head
-from vllm_pasta.profiling.ranking import Profile
+from vllm_pasta.profiling.methods import Head, head_name
+from vllm_pasta.profiling.ranking import Profile, rankings
+from vllm_pasta.request.heads import HeadSet
 
 SHOWN = 20
+"""Heads of each task's ranking that the report shows."""
 
 
-def name(head: Head) -> str:
-    """``17.3`` is head 3 of layer 17."""
-    return f"{head[0]}.{head[1]}"
-
-
-def as_json(profile: Profile) -> dict[str, Any]:
+def to_json(profile: Profile) -> dict[str, Any]:
     """One task's part of a head set's provenance."""
     train = profile.train
     return {
@@ -31,7 +29,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
         },
         "plain": round(profile.plain, 4),
         "requests": profile.requests,
-        "ranking": [name(ranked.head) for ranked in profile.ranking],
+        "ranking": [head_name(ranked.head) for ranked in profile.ranking],
         "scores": [
             None if ranked.score is None else round(ranked.score, 4) for ranked in profile.ranking
         ],
@@ -41,13 +39,23 @@ def as_json(profile: Profile) -> dict[str, Any]:
     }
 
 
-def comparison(profile: Profile, theirs: Sequence[str], k: int) -> str:
-    """How much of another ranking this one keeps."""
-    ours = [name(ranked.head) for ranked in profile.ranking]
-    return (
-        f"{profile.task.name}: rank correlation {rank_correlation(ours, theirs):.2f}; of the "
-        f"other's first {k} heads, {overlap(ours, theirs, k):.0%} are among the first {k} here"
-    )
+def compare(profiles: Sequence[Profile], other: HeadSet, k: int) -> str:
+    """How much of another profile's rankings these keep: one line for each task.
+
+    Raises:
+        PastaError: the other profile has no ranking for one of the tasks.
+    """
+    ranked = other.provenance.get("profiles", {})
+    lines = []
+    for name, heads in rankings(profiles).items():
+        if name not in ranked:
+            raise PastaError(f"head set {other.name!r} has no ranking for the task {name}")
+        ours, theirs = [head_name(head) for head in heads], ranked[name]["ranking"]
+        lines.append(
+            f"{name}: rank correlation {rank_correlation(ours, theirs):.2f}; of the "
+            f"other's first {k} heads, {overlap(ours, theirs, k):.0%} are among the first {k} here"
+        )
+    return "\n".join(lines)
 
 
 def write(
@@ -58,7 +66,19 @@ def write(
     held_out: Mapping[int, Sequence[Row]],
     compared: str,
 ) -> str:
-    """Writes ``OUT.md`` and ``OUT.png`` beside the head set; gives the report's text."""
+    """Writes the report ``OUT.md`` and the heat maps ``OUT.png`` beside the head set.
+
+    Args:
+        out: The head set's file.
+        info: The head set's provenance.
+        profiles: Each task's ranking.
+        sets: The selected heads, by task or under "".
+        held_out: Rows by number of heads, see `sizes.held_out`; may be empty.
+        compared: The text of `compare`; may be empty.
+
+    Returns:
+        The report's text.
+    """
     tasks = ", ".join(f"{p.task.name} ({len(p.train.examples)})" for p in profiles)
     parts = [
         f"# Heads of {info['model']}",
@@ -80,10 +100,11 @@ def write(
         parts.append(_sizes(profiles, held_out))
     if compared:
         parts.append(f"## Compared\n\n{compared}")
-    if heat_map(out.with_suffix(".png"), profiles, info):
+    try:
+        plots.heat_map(out.with_suffix(".png"), profiles, info)
         parts.append(f"![Heads by task]({out.with_suffix('.png').name})")
-    else:
-        parts.append("No heat map: matplotlib is not installed (`pip install vllm-pasta[bench]`).")
+    except PastaError as e:
+        parts.append(f"No heat map: {e}.")
     text = "\n\n".join(parts)
     out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     return text
@@ -95,7 +116,7 @@ def _best(profile: Profile) -> str:
         known = ranked.score is not None
         rows.append(
             [
-                name(ranked.head),
+                head_name(ranked.head),
                 f"{ranked.score:.3f}" if known else "–",
                 f"{ranked.score - profile.plain:+.3f}" if ranked.score is not None else "–",
                 str(ranked.examples),
@@ -119,44 +140,5 @@ def _sizes(profiles: Sequence[Profile], held_out: Mapping[int, Sequence[Row]]) -
 
 
 def _renamed(row: Row) -> Row:
-    """Tasks may have sets of their own, but stand in one line."""
+    """The row under a common name: tasks may have different sets, but share a line."""
     return replace(row, method=replace(row.method, name="size"))
-
-
-def heat_map(path: Path, profiles: Sequence[Profile], info: Mapping[str, Any]) -> bool:
-    """Draws layer × head for each task: the change of its objective by steering that head alone.
-
-    Heads that were not asked about show the gradient's estimate.
-
-    Returns:
-        False where matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(profiles), figsize=(1 + 3.2 * len(profiles), 6), squeeze=False
-    )
-    for axis, profile in zip(axes[0], profiles, strict=True):
-        changes = {
-            r.head: (r.estimate or 0.0) if r.score is None else r.score - profile.plain
-            for r in profile.ranking
-        }
-        layers, heads = (1 + max(head[i] for head in changes) for i in (0, 1))
-        grid = [[changes[layer, head] for head in range(heads)] for layer in range(layers)]
-        limit = max(abs(value) for value in changes.values()) or 1.0
-        image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_title(f"{profile.task.name}: change of {profile.objective}", fontsize=9)
-        axis.set_xlabel("query head")
-        axis.set_xticks(range(heads))
-        axis.set_ylabel("layer")
-        figure.colorbar(image, ax=axis, shrink=0.8)
-    figure.suptitle(f"{info['model']}, one head steered at a time, α {info['alpha']:g}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True

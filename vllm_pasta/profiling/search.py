@@ -6,9 +6,9 @@ nothing of models: what scores is a callable.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from vllm_pasta.profiling.methods import Head
-from vllm_pasta.tasks.base import mean
 
 Pair = tuple[Head, int]
 """A head, and an example's number."""
@@ -42,7 +42,7 @@ class Ranked:
 def full(heads: Sequence[Head], examples: int, scorer: Scorer) -> list[Ranked]:
     """Every head on every example. Pairs of one example are neighbours: they share a prompt."""
     scores = _scores(heads, range(examples), scorer)
-    return _by_score([Ranked(head, mean(scores[head]), examples) for head in heads])
+    return _by_score([Ranked(head, fmean(scores[head]), examples) for head in heads])
 
 
 def halving(heads: Sequence[Head], examples: int, scorer: Scorer) -> list[Ranked]:
@@ -58,7 +58,7 @@ def halving(heads: Sequence[Head], examples: int, scorer: Scorer) -> list[Ranked
         for head, new in _scores(left, range(done, end), scorer).items():
             scores[head] += new
         done = end
-        order = _by_score([Ranked(head, mean(scores[head]), len(scores[head])) for head in left])
+        order = _by_score([Ranked(head, fmean(scores[head]), len(scores[head])) for head in left])
         keep = len(order) if number == ROUNDS - 1 else -(-len(order) // 2)
         dropped = order[keep:] + dropped
         left = [ranked.head for ranked in order[:keep]]
@@ -75,7 +75,7 @@ def gradient(
     order = sorted(heads, key=lambda head: -estimates[head])
     chosen = order[: max(1, len(heads) // (2 * SAVING))]
     scores = _scores(chosen, range(examples), scorer)
-    verified = [Ranked(h, mean(scores[h]), examples, estimates[h]) for h in chosen]
+    verified = [Ranked(h, fmean(scores[h]), examples, estimates[h]) for h in chosen]
     rest = [Ranked(head, None, 0, estimates[head]) for head in order[len(chosen) :]]
     return _by_score(verified) + rest
 

@@ -8,9 +8,6 @@ from vllm_pasta.profiling.methods import Head
 
 Selection = Literal["intersection", "union", "task"]
 
-SIZES = (1, 2, 3, 5, 8, 12, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500)
-"""Values of k that ``--top-k auto`` tries."""
-
 
 def select(
     rankings: Mapping[str, Sequence[Head]], k: int, selection: Selection
@@ -19,12 +16,12 @@ def select(
 
     Args:
         rankings: Task -> heads, best first.
-        k: How many of each task's.
-        selection: "intersection": heads that are among the first k of every task (the paper's);
-            "union": of some task; "task": one set for each task.
+        k: Number of heads to take from the top of each ranking.
+        selection: "intersection": the heads that are among the first k of every task, as in the
+            paper; "union": of at least one task; "task": one set for each task.
 
     Returns:
-        Head sets by the task's name; "" where there is one for all. Sets may be empty.
+        Task -> heads; the key "" if there is one set for all tasks. A set may be empty.
     """
     first = {task: list(heads[:k]) for task, heads in rankings.items()}
     if selection == "task":
@@ -42,20 +39,6 @@ def check_not_empty(sets: Mapping[str, Sequence[Head]], k: int) -> None:
     """
     if not all(sets.values()):
         raise PastaError(
-            f"no head is among the first {k} of every task: choose a larger --top-k, or "
-            "--select union or task"
+            f"no head is among the first {k} of every task: choose a larger k, or the union of the "
+            "tasks' heads, or a set for each task"
         )
-
-
-def best_size(scores: Mapping[int, float], fluencies: Mapping[int, float]) -> int:
-    """The k to take: the smallest whose held-out score is within 0.5 points of the best.
-
-    Only those count whose fluency is at least 95 % of the plain model's, if there are any.
-
-    Args:
-        scores: k -> held-out score, 0 to 1.
-        fluencies: k -> fluency as a share of the plain model's; 1 where there is none.
-    """
-    fluent = [k for k in scores if fluencies[k] >= 0.95] or list(scores)
-    best = max(scores[k] for k in fluent)
-    return min(k for k in fluent if scores[k] >= best - 0.005)

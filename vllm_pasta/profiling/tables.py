@@ -1,6 +1,7 @@
-"""Evaluations as a table: plain text, Markdown, JSON."""
+"""Evaluations as tables: cells of text, Markdown, JSON."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from vllm_pasta.profiling.estimates import Estimate
@@ -8,11 +9,11 @@ from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.tasks import Task
 
 NOT_SHARES = ("fluency",)
-"""Metrics that are no proportion, so not shown in per cent."""
+"""Metrics that are no proportion: tables do not show them in per cent."""
 
 
 def cells(tasks: Sequence[Task], rows: Sequence[Row]) -> list[list[str]]:
-    """A heading, and one line per method; columns are the tasks' metrics, with their intervals."""
+    """A heading and a line for each method; the columns are the tasks' metrics with intervals."""
     by = {(row.task, row.method.name): row for row in rows}
     names = list(dict.fromkeys(row.method.name for row in rows))
     many = len(tasks) > 1
@@ -25,32 +26,20 @@ def cells(tasks: Sequence[Task], rows: Sequence[Row]) -> list[list[str]]:
             for task, row in zip(tasks, of, strict=True)
             for metric in task.columns
         ]
-        average = 100 * sum(row.score for row in of) / len(of)
+        average = 100 * fmean(row.score for row in of)
         table.append([name, *shown, *([f"{average:.1f}"] if many else [])])
     return table
 
 
-def text(table: Sequence[Sequence[str]]) -> str:
-    """In columns that line up."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
-
-
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """As a Markdown table."""
+    """The table in Markdown; its first line is the heading."""
     rows = [[cell.replace("|", "\\|") for cell in line] for line in table]
     lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For programs: every estimate with its interval and its number of examples."""
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every estimate with its interval and its number of examples, as JSON values."""
     return [
         {
             "task": row.task,

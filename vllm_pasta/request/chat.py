@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_pasta.errors import EmphasisError, show
-from vllm_pasta.request.emphasis import check_count, union
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Marked, Markup, Range
+from vllm_pasta.request.resolution import check_count, union
 from vllm_pasta.request.tokens import find
 
 Place = tuple[int, int | None]

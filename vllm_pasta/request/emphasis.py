@@ -1,38 +1,24 @@
-"""What a request asks for: the emphasis as the user wrote it, and as the engine carries it.
+"""What a request asks for: the emphasis as the user wrote it, checked for shape alone.
 
-``Emphasis`` is the user's form, checked for shape alone. ``ResolvedEmphasis`` is what is left once
-prompt, model and server defaults are known: token ranges, one alpha, one head set. Only the second
-ever reaches a worker.
+What is left of it once prompt, model and server defaults are known is a ``ResolvedEmphasis`` (see
+``resolution``). Only that ever reaches a worker.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 from vllm_pasta.errors import EmphasisError, HeadSetError, show
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.marks import Mark, parse_chars, parse_range, parse_texts
-
-MAX_SPANS = 256
-"""Most spans and marks that one request may carry, and most ranges they may come to."""
+from vllm_pasta.request.resolution import KEY, Span, check_count
 
 FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads", "emphasis_markup": "markup"}
 """Keys beside ``emphasis`` in ``extra_args``, for transports that carry scalars and flat lists."""
 
-KEY = "emphasis"
-
-WIRE_KEY = "_vllm_pasta"
-"""Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form; and in the
-prompt of a beam search."""
-
 MARKUPS = ("tag", "markdown", "off")
-
-Span = tuple[int, int]
-
 
 RETURN_KEY = "return_emphasis"
 """Key in ``extra_args``: whether the response says what was emphasised."""
@@ -120,68 +106,6 @@ class Emphasis:
         )
 
 
-@dataclass(frozen=True)
-class ResolvedEmphasis:
-    """An emphasis that is ready to run.
-
-    Attributes:
-        spans: Emphasised token ranges: half open, sorted, disjoint, within ``[0, prompt_len)``.
-        alpha: Factor by which attention to the prompt's other tokens is scaled; > 0, finite.
-        heads: The steered query heads.
-        prompt_len: Number of prompt tokens. Tokens from there on are generated, never scaled.
-    """
-
-    spans: tuple[Span, ...]
-    alpha: float
-    heads: HeadSet
-    prompt_len: int
-
-    @property
-    def first(self) -> int:
-        """Position of the first emphasised token. Query rows before it are plain."""
-        return self.spans[0][0]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether steering changes nothing: alpha is 1, or nothing or everything is emphasised."""
-        return self.alpha == 1.0 or self.spans in ((), ((0, self.prompt_len),))
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of alpha and heads (not of spans), the same in every process and release."""
-        text = json.dumps([self.alpha.hex(), self.heads.to_wire()])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    def to_wire(self) -> dict[str, Any]:
-        """Plain dict, list, float, int: for msgpack between vLLM's processes."""
-        return {
-            "spans": [list(span) for span in self.spans],
-            "alpha": self.alpha,
-            "heads": self.heads.to_wire(),
-            "prompt_len": self.prompt_len,
-        }
-
-    @classmethod
-    def from_wire(cls, wire: Mapping[str, Any]) -> "ResolvedEmphasis":
-        return cls(
-            spans=tuple((start, end) for start, end in wire["spans"]),
-            alpha=wire["alpha"],
-            heads=HeadSet.from_wire(wire["heads"]),
-            prompt_len=wire["prompt_len"],
-        )
-
-
-def union(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The union of half-open ranges as sorted, disjoint, non-adjacent ranges."""
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
-
-
 def _fields(value: Any) -> dict[str, Any]:
     """The emphasis as a dict of known fields, whatever shape it came in."""
     if value is None:
@@ -241,16 +165,6 @@ def _keep_marks(value: Any, markup: str | None) -> bool | None:
             )
         return value
     raise EmphasisError(f"expected true or false, got {show(value)}", field="emphasis.keep_marks")
-
-
-def check_count(count: int) -> None:
-    """Checks a number of spans and marks.
-
-    Raises:
-        EmphasisError: more than `MAX_SPANS`.
-    """
-    if count > MAX_SPANS:
-        raise EmphasisError(f"expected at most {MAX_SPANS} spans and marks, got {count}", field=KEY)
 
 
 def _alpha(value: Any) -> float | None:

@@ -2,8 +2,8 @@
 
 A head set file is JSON in either of two forms:
 
-    {"20": [0, 1, 2], "21": [4]}                  the PASTA reference's: layer -> query heads
-    {"heads": {"20": [0, 1, 2]}, "model": …, …}   ours: the same, and provenance beside it
+    {"20": [0, 1, 2], "21": [4]}                  as in the PASTA reference: layer -> query heads
+    {"heads": {"20": [0, 1, 2]}, "model": …, …}   the same, with provenance beside it
 
 Layers and query heads are numbered over the whole model.
 """
@@ -85,9 +85,8 @@ class HeadSet:
             raise HeadSetError(f"head set file {path}: {e}") from e
 
     def save(self, path: str | Path) -> None:
-        """Writes the file in our form, provenance included."""
-        heads = {str(layer): list(heads) for layer, heads in self.layers}
-        text = _dump({**self.provenance, "heads": heads})
+        """Writes a head set file with the heads and their provenance."""
+        text = _dump({**self.provenance, "heads": self.to_json()})
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     def check(self, num_layers: int, num_heads: int) -> None:
@@ -104,6 +103,10 @@ class HeadSet:
                     f"(0 to {num_heads - 1})"
                 )
 
+    def to_json(self) -> dict[str, list[int]]:
+        """``{"layer": [head, …], …}``, as `from_json` reads it and as requests give heads."""
+        return {str(layer): list(heads) for layer, heads in self.layers}
+
     def to_wire(self) -> list[list[int]]:
         """``[[layer, head, head, …], …]``."""
         return [[layer, *heads] for layer, heads in self.layers]
@@ -111,6 +114,25 @@ class HeadSet:
     @classmethod
     def from_wire(cls, wire: Sequence[Sequence[int]]) -> "HeadSet":
         return cls(tuple((layer, tuple(heads)) for layer, *heads in wire))
+
+
+def find(name: str, known: Mapping[str, HeadSet] | None = None) -> HeadSet:
+    """The head set of that name, or else the one in the file of that path.
+
+    Args:
+        name: A name among ``known``, or a path.
+        known: Head sets by name; None means those that come with the package.
+
+    Raises:
+        HeadSetError: neither a known name nor a readable head set file.
+    """
+    known = bundled() if known is None else known
+    if name in known:
+        return known[name]
+    try:
+        return HeadSet.load(name)
+    except HeadSetError as e:
+        raise HeadSetError(f"{e}. Head sets known by name: {', '.join(sorted(known))}") from e
 
 
 def bundled() -> dict[str, HeadSet]:

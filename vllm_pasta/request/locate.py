@@ -8,9 +8,10 @@ from typing import Any
 
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.request.chat import Chat, Place, mark_messages, read_markup, take_out
-from vllm_pasta.request.emphasis import Emphasis, Span, check_count, union
+from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.resolution import Span, check_count, union
 from vllm_pasta.request.tokens import Tokenized, align, decoded, find
 
 CHAT_KEY = "_vllm_pasta_chat"

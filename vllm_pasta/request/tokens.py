@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from vllm_pasta.errors import EmphasisError
-from vllm_pasta.request.emphasis import Span, check_count
 from vllm_pasta.request.marks import Occurrence
+from vllm_pasta.request.resolution import Span, check_count
 
 Offsets = Sequence[tuple[int, int]]
 """Per token, the half-open range of characters that it stands for; empty for special tokens."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.resolution import ResolvedEmphasis
 
 MIN_WHOLE_SHARE = 0.25
 """See `StepPlan.takes_whole`."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from vllm_pasta.request.emphasis import MAX_SPANS, ResolvedEmphasis
+from vllm_pasta.request.resolution import MAX_SPANS, ResolvedEmphasis
 
 SLOT, FIRST, PROMPT_LEN, EMPHASISED, NUM_GROUPS, LOG_ALPHA, LOG_REST, WAY, SEGMENTS = range(9)
 """Columns of a record; see `SteeringBuffers.records`."""

@@ -1,7 +1,7 @@
 """What a task is: examples, what the model is asked about each, and how its answers are scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -107,8 +107,3 @@ class Task(ABC):
     @abstractmethod
     def score(self, example: Example, answers: Mapping[str, Answer]) -> dict[str, float]:
         """Metrics of one example. A metric whose probes were not asked is left out."""
-
-
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of at least one value."""
-    return sum(values) / len(values)

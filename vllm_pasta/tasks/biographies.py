@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from vllm_pasta.tasks import biography_data
-from vllm_pasta.tasks.base import Answer, Example, Probe, Task, mean
+from vllm_pasta.tasks.base import Answer, Example, Probe, Task
 from vllm_pasta.tasks.metrics import MIN_FLUENCY, consistency, contains_value, fluency, json_objects
 
 MAX_TOKENS = 128
@@ -79,7 +80,7 @@ class JsonFormatting(_Biographies):
         return {
             "F.Acc": valid,
             "P.Acc": right,
-            "F.Acc+P.Acc": mean([valid, right]),
+            "F.Acc+P.Acc": fmean([valid, right]),
             **_of_text(example.fields, text),
         }
 

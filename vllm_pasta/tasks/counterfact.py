@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
-from vllm_pasta.tasks.base import Answer, Example, Probe, Task, mean
+from vllm_pasta.tasks.base import Answer, Example, Probe, Task
 from vllm_pasta.tasks.data import records
 from vllm_pasta.tasks.metrics import consistency, fluency
 
@@ -87,9 +88,9 @@ class CounterFact(Task):
             scores["margin"] = margins["efficacy"][0]
             scores["ES"] = float(margins["efficacy"][0] > 0)
         if "paraphrase" in margins:
-            scores["PS"] = mean([float(margin > 0) for margin in margins["paraphrase"]])
+            scores["PS"] = fmean([float(margin > 0) for margin in margins["paraphrase"]])
         if "neighbour" in margins:
-            scores["NS"] = mean([float(margin < 0) for margin in margins["neighbour"]])
+            scores["NS"] = fmean([float(margin < 0) for margin in margins["neighbour"]])
         if "generation" in answers:
             text = answers["generation"].text
             scores["fluency"] = fluency(text)

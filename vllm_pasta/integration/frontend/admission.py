@@ -17,17 +17,11 @@ from vllm_pasta.integration import support
 from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.scheduler import connectors
-from vllm_pasta.request.emphasis import (
-    KEY,
-    WIRE_KEY,
-    Emphasis,
-    ResolvedEmphasis,
-    has_emphasis,
-    is_ours,
-)
+from vllm_pasta.request.emphasis import Emphasis, has_emphasis, is_ours
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.locate import CHAT_KEY, Located, Locator
 from vllm_pasta.request.markup import Markup
+from vllm_pasta.request.resolution import KEY, WIRE_KEY, ResolvedEmphasis
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

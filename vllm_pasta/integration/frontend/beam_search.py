@@ -69,7 +69,7 @@ def instance(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def beam_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
     """Hands the resolved emphasis to each beam's prompt (`BeamSearchSequence.get_prompt`)."""
-    from vllm_pasta.request.emphasis import WIRE_KEY
+    from vllm_pasta.request.resolution import WIRE_KEY
 
     @functools.wraps(original)
     def get_prompt(self: Any) -> Any:

@@ -22,7 +22,7 @@ def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--pasta-heads``, ``--pasta-alpha`` and ``--pasta-gpu``."""
+    """Adds ``--pasta-heads`` and ``--pasta-alpha``."""
     group = parser.add_argument_group("vllm-pasta", "Emphasis: steered attention, per request.")
     group.add_argument(
         "--pasta-heads",
@@ -37,11 +37,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Factor by which attention to the prompt's other tokens is scaled, for requests "
         f"that give none (default: {DEFAULT_ALPHA}). Switches emphasis on.",
     )
-    group.add_argument(
-        "--pasta-gpu",
-        choices=["experimental"],
-        help="Emphasis on a GPU, on which it was never run yet. Switches emphasis on.",
-    )
 
 
 def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
@@ -53,7 +48,6 @@ def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
     flags = {
         "heads": getattr(args, "pasta_heads", None),
         "alpha": getattr(args, "pasta_alpha", None),
-        "gpu": getattr(args, "pasta_gpu", None),
     }
     given = {key: value for key, value in flags.items() if value is not None}
     if given or KEY in (getattr(args, "plugin", None) or ()):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter
 
-from vllm_pasta.request.emphasis import KEY
+from vllm_pasta.request.resolution import KEY
 
 if TYPE_CHECKING:
     from vllm_pasta.integration.frontend.admission import Resolution

@@ -15,7 +15,8 @@ from typing import Any
 
 from vllm_pasta.errors import EmphasisError, show
 from vllm_pasta.integration.frontend import metrics
-from vllm_pasta.request.emphasis import KEY, RETURN_KEY, is_ours
+from vllm_pasta.request.emphasis import RETURN_KEY, is_ours
+from vllm_pasta.request.resolution import KEY
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

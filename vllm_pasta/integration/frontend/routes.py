@@ -88,7 +88,7 @@ def _dry_run(admission: Admission, params: Any, prompt: dict[str, Any]) -> dict[
         "prompt_tokens": emphasis.prompt_len,
         "emphasised": resolution.report(admission.locator.decode),
         "alpha": emphasis.alpha,
-        "heads": {str(layer): list(heads) for layer, heads in emphasis.heads.layers},
+        "heads": emphasis.heads.to_json(),
     }
 
 
@@ -104,6 +104,6 @@ def _describe(heads: HeadSet) -> dict[str, Any]:
     return {
         "name": heads.name,
         "count": len(heads),
-        "heads": {str(layer): list(indices) for layer, indices in heads.layers},
+        "heads": heads.to_json(),
         "provenance": dict(heads.provenance),
     }

@@ -9,7 +9,7 @@ shares everything, and nothing wrong is ever shared.
 
 from typing import Any
 
-from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 
 TAG = "pasta"
 

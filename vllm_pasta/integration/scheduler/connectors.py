@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.scheduler.cache_keys import TAG, carried_emphasis
-from vllm_pasta.request.emphasis import ResolvedEmphasis
+from vllm_pasta.request.resolution import ResolvedEmphasis
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig

@@ -2,7 +2,7 @@
 
 Registered in place of each backend, by its own name, so what the platform chooses, or
 ``--attention-backend``, keeps its meaning. Each is made when it is first asked for, since that
-imports its base. Never run on a GPU yet; see the README.
+imports its base. docs/gpu.md says what ran on hardware.
 
 What a CUDA graph captures must not depend on what is steered. So steering lives in buffers at
 fixed addresses (`steering.slots`), a step's metadata only refers to them and to the model runner's
@@ -207,6 +207,9 @@ def __getattr__(name: str) -> type[AttentionBackend]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _made:
         module, _, class_name = AttentionBackendEnum[name].value.rpartition(".")
-        _made[name] = steered_gpu_backend(getattr(importlib.import_module(module), class_name))
+        made = steered_gpu_backend(getattr(importlib.import_module(module), class_name))
+        # vLLM's selector names a class by `full_cls_name`, and looks that name up in this module.
+        made.__qualname__ = name
+        _made[name] = made
         upstream.apply_backend(name)
     return _made[name]

