@@ -35,7 +35,7 @@ from vllm_pasta.steering.slots import (
 
 def emphasis(spans=((3, 5),), heads=None, alpha=0.01, prompt_len=9, factors=()):
     heads = HeadSet.from_json(heads or {"1": [0, 33]})
-    return ResolvedEmphasis(spans, alpha, heads, prompt_len, *([factors] if factors else []))
+    return ResolvedEmphasis(spans, alpha, heads, prompt_len, factors)
 
 
 def bits(buffers, row, layer):
@@ -87,8 +87,6 @@ def test_record():
 )  # fmt: skip
 def test_strengths(alpha, factors, way):
     """Logarithms of the factors, and of what they are above alpha."""
-    if factors and not hasattr(ResolvedEmphasis, "span_factors"):
-        pytest.skip("spans have no factors yet")
     buffers = SteeringBuffers(1, 1, 2, 40)
     buffers.write(0, emphasis(((1, 2), (4, 6)), alpha=alpha, factors=factors))
     buffers.show([0])

@@ -182,8 +182,8 @@ def _segments(emphasis: ResolvedEmphasis) -> tuple[np.ndarray, int, int]:
     A span whose factor is alpha is as any other token of the prompt, so it is no segment.
     """
     alpha, end = emphasis.alpha, emphasis.prompt_len
-    factors = getattr(emphasis, "factors", ()) or (1.0,) * len(emphasis.spans)
-    pairs = [p for p in zip(emphasis.spans, factors, strict=True) if p[1] != alpha]
+    marks = zip(emphasis.spans, emphasis.span_factors, strict=True)
+    pairs = [(span, factor) for span, factor in marks if factor != alpha]
     others = [1.0, *(factor for _, factor in pairs)]
     way = DIRECT
     if alpha < 1 and min(others) > alpha:
