@@ -56,6 +56,7 @@ check: $(STAMP) ## linters, type checker, import rules, links of the documents
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 
 fast: check ## the checks and the unit tests: before every commit

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vllm_pasta
-from vllm_pasta.integration.upstream import PATCHES
+from vllm_pasta.integration.attach import PATCHES
 
 OURS = Path(vllm_pasta.__file__).parent
 

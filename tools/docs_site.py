@@ -14,7 +14,10 @@ from typing import Any
 from properdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "patches/README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = (
+    "README.md", "patches/README.md", "examples/README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+    "SECURITY.md",
+)  # fmt: skip
 
 LINK = re.compile(
     r'(?P<before>\]\(|src="|href=")(?P<target>[^)"\s#]+)(?P<after>#[^)"\s]*)?(?=[)"])'

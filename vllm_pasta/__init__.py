@@ -7,7 +7,6 @@ first asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_pasta._version import __version__
 from vllm_pasta.errors import (
     ConfigError,
     EmphasisError,
@@ -19,6 +18,8 @@ from vllm_pasta.errors import (
 from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.resolution import ResolvedEmphasis
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vllm_pasta.integration.frontend.sampling_params import BeamSearchParams, SamplingParams

@@ -1,7 +1,9 @@
-"""The programs in examples/ run, and show what they say; for client.py see tests/server."""
+"""The programs in examples/, and the README's, run and show what they say; for client.py see
+tests/server."""
 
 import contextlib
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+SHOWN = re.compile(r"```python\n(from vllm import LLM\n.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture
@@ -62,6 +66,21 @@ def test_find_heads(example):
     assert "## 5 heads (intersection)" in printed
     assert "\n5 heads, by layer: {" in printed
     assert {path.name for path in Path.cwd().iterdir()} >= {"heads.json", "heads.md"}
+
+
+def test_readme(smollm2_engine, monkeypatch, capsys):
+    """The README's code as it stands, on the engine that tests share, prints what follows it."""
+    code, shown = SHOWN.search(README).groups()
+
+    def start(model, additional_config):
+        assert model.endswith("SmolLM2-135M-Instruct")
+        assert additional_config == {"pasta": {"heads": "smollm2-135m-instruct", "alpha": 0.01}}
+        return smollm2_engine
+
+    monkeypatch.setattr("vllm.LLM", start)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("'")]
+    assert printed == shown.splitlines()
 
 
 def test_every_example_is_listed():

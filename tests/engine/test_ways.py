@@ -31,11 +31,11 @@ def reported(smollm2_engine):
 
     def run(method, *args, **options):
         entries = []
-        token = metrics.report.set(entries)
+        token = metrics.report_entries.set(entries)
         try:
             requests = getattr(smollm2_engine, method)(*args, use_tqdm=False, **options)
         finally:
-            metrics.report.reset(token)
+            metrics.report_entries.reset(token)
         return [[span["tokens"] for span in entry["emphasised"]] for entry in entries], requests
 
     return run

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tools.check_upstream import _GPU as BASES
 from vllm_pasta.errors import ConfigError, UnsupportedError
-from vllm_pasta.integration import plugin, support
+from vllm_pasta.integration import plugin, registry, support
 from vllm_pasta.integration.worker import gpu, rows
 from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
 from vllm_pasta.request.heads import HeadSet
@@ -143,14 +143,14 @@ def test_registered_on_cuda_alone(monkeypatch):
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    backends = [AttentionBackendEnum[name] for name in plugin.GPU_BACKENDS]
+    backends = [AttentionBackendEnum[name] for name in registry.GPU_BACKENDS]
     assert not any(backend.is_overridden() for backend in backends)
     try:
         with monkeypatch.context() as cuda:
             cuda.setattr(type(current_platform), "is_cuda", lambda _: True)
             plugin.register()
         paths = [backend.get_path() for backend in backends]
-        assert paths == [f"{gpu.__name__}.{name}" for name in plugin.GPU_BACKENDS]
+        assert paths == [f"{gpu.__name__}.{name}" for name in registry.GPU_BACKENDS]
         assert AttentionBackendEnum.TRITON_ATTN.get_class() is gpu.TRITON_ATTN
     finally:
         for backend in backends:
@@ -517,7 +517,11 @@ def test_log_sum_exp_is_asked_for(config, v2, impl, monkeypatch):
     def flash(**options):
         return ("output", given) if options.get("return_softmax_lse") else "output"
 
-    wrapped = lse.flash_attention(flash)
+    (patch,) = lse.PATCHES
+
+    def wrapped():
+        return patch.wrapper(flash)
+
     assert wrapped() == "output"
 
     def by_wrapping(self, *args):

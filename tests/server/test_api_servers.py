@@ -6,12 +6,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 from conftest import ALL_CORES
 from models import random_ids
 from prometheus_client.mmap_dict import MmapedDict
-from servers import SERVE, VLLM, metric, running
+from servers import SERVE, VLLM, http, metric, running
 
 from vllm_pasta.verify.oracle import Steering
 
@@ -59,7 +58,7 @@ def test_two_api_servers(server, counters, tiny_oracle):
     def ask(i):
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 8, "temperature": 0,
                 "ignore_eos": True, "return_token_ids": True, "emphasis": asked[i % 3]}  # fmt: skip
-        reply = httpx.post(f"{server}/v1/completions", json=body, timeout=60)
+        reply = http.post(f"{server}/v1/completions", json=body)
         if reply.status_code == 400:
             return reply.json()["error"]["message"]
         return reply.json()["choices"][0]["token_ids"]

@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 import zmq
 from conftest import ALL_CORES
 from models import random_ids
-from servers import SERVE, VLLM, free_port, metric, running
+from servers import SERVE, VLLM, free_port, http, metric, running
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
@@ -52,7 +51,7 @@ class Cluster:
 
     def forget(self):
         """Empties the decode server's prefix cache and the files."""
-        assert httpx.post(f"{self.decode}/reset_prefix_cache").status_code == 200
+        assert http.post(f"{self.decode}/reset_prefix_cache").status_code == 200
         shutil.rmtree(self.store, ignore_errors=True)
         self.store.mkdir()
 
@@ -114,7 +113,7 @@ def body(emphasis, **fields):
 
 
 def complete(server, emphasis=None, **fields):
-    reply = httpx.post(f"{server}/v1/completions", json=body(emphasis, **fields), timeout=60)
+    reply = http.post(f"{server}/v1/completions", json=body(emphasis, **fields))
     assert reply.status_code == 200, reply.text
     if fields.get("stream"):
         parts = [json.loads(line[6:]) for line in reply.text.splitlines() if line[6:7] == "{"]
@@ -139,7 +138,7 @@ def expected(cluster, smollm2, smollm2_oracle):
     for emphasis in EMPHASES:
         steering = None
         if emphasis is not None:
-            reply = httpx.post(f"{cluster.prefill}/v1/emphasis/resolve", json=body(emphasis))
+            reply = http.post(f"{cluster.prefill}/v1/emphasis/resolve", json=body(emphasis))
             (resolved,) = reply.json()["prompts"]
             spans = [tuple(span["tokens"]) for span in resolved["emphasised"]]
             heads = {int(layer): heads for layer, heads in resolved["heads"].items()}
@@ -173,7 +172,7 @@ def test_chat(cluster):
     answers = []
     for more in ({}, {"emphasis": "Answer in JSON.", "return_emphasis": True}):
         replies = [
-            httpx.post(f"{server}/v1/chat/completions", json={**chat, **more}, timeout=60)
+            http.post(f"{server}/v1/chat/completions", json={**chat, **more})
             for server in (cluster.proxy, cluster.prefill)
         ]
         one, other = (r.json()["choices"][0]["message"]["content"] for r in replies)
@@ -186,7 +185,7 @@ def test_chat(cluster):
 def test_errors_come_through(cluster):
     """What the prefill server refuses, the client is told."""
     for emphasis in ("Bergen", {"spans": [[5, 2]]}):
-        reply = httpx.post(f"{cluster.proxy}/v1/completions", json=body(emphasis))
+        reply = http.post(f"{cluster.proxy}/v1/completions", json=body(emphasis))
         assert reply.status_code == 400
         assert "emphasis" in reply.json()["error"]["message"]
 
@@ -199,12 +198,12 @@ def test_errors_come_through(cluster):
 def test_another_emphasis_is_refused(first, then, stream, cluster):
     """The decode server takes no KV that was computed with another emphasis, or nobody knows."""
     asked = body(first, max_tokens=1, kv_transfer_params={"do_remote_decode": True})
-    reply = httpx.post(f"{cluster.prefill}/v1/completions", json=asked)
+    reply = http.post(f"{cluster.prefill}/v1/completions", json=asked)
     params = reply.json()["kv_transfer_params"]
     unknown = {name: value for name, value in params.items() if name != "pasta"}
     for emphasis, given in ((then, params), (then, unknown), (first, unknown)):
         asked = body(emphasis, stream=stream, kv_transfer_params=given)
-        reply = httpx.post(f"{cluster.decode}/v1/completions", json=asked)
+        reply = http.post(f"{cluster.decode}/v1/completions", json=asked)
         assert reply.status_code == 400
         assert "kv_transfer_params.pasta" in reply.json()["error"]["message"]
 
@@ -218,10 +217,10 @@ def test_refusal_frees_the_blocks(cluster):
 
     before = used()
     asked = body(FACT, max_tokens=1, kv_transfer_params={"do_remote_decode": True})
-    reply = httpx.post(f"{cluster.prefill}/v1/completions", json=asked)
+    reply = http.post(f"{cluster.prefill}/v1/completions", json=asked)
     assert used() > before
     asked = body(None, kv_transfer_params=reply.json()["kv_transfer_params"])
-    assert httpx.post(f"{cluster.decode}/v1/completions", json=asked).status_code == 400
+    assert http.post(f"{cluster.decode}/v1/completions", json=asked).status_code == 400
     deadline = time.monotonic() + 10
     while used() > before:
         assert time.monotonic() < deadline

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from servers import SERVE, VLLM, environment, metric, running
+from servers import SERVE, VLLM, environment, http, metric, running
 from ways import CHAT_WAYS, TAGGED, USER, WAYS, chat, expected
 
 from vllm_pasta.verify.oracle import Steering
@@ -150,7 +151,7 @@ def test_bad_chat_and_responses(client):
 def test_object_without_quotes(server):
     """vLLM's own model refuses a nested object; it is not dropped."""
     body = {"model": "m", "prompt": PROMPT, "vllm_xargs": {"emphasis": {"text": FACT}}}
-    assert httpx.post(f"{server}/v1/completions", json=body).status_code == 400
+    assert http.post(f"{server}/v1/completions", json=body).status_code == 400
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
@@ -307,20 +308,20 @@ def test_truncated_prompt(client):
 
 def test_routes(server, heads_file):
     """What is known, and a dry run."""
-    known = httpx.get(f"{server}/v1/emphasis/head_sets").json()
+    known = http.get(f"{server}/v1/emphasis/head_sets").json()
     assert known["model"] == {"layers": 30, "query_heads": 9}
     assert known["default"]["count"] == 45
     assert known["head_sets"]["smollm2-135m-instruct"]["provenance"]["model"]
     url = f"{server}/v1/emphasis/resolve"
     body = {"model": "m", "prompt": PROMPT, "emphasis": FACT}
-    (resolved,) = httpx.post(url, json=body).json()["prompts"]
+    (resolved,) = http.post(url, json=body).json()["prompts"]
     assert resolved["emphasised"][0]["text"].strip() == FACT
     assert (resolved["alpha"], resolved["heads"]) == (0.01, HEADS)
     talk = {"model": "m", "messages": chat(USER), "emphasis": [{"role": "system"}]}
-    (resolved,) = httpx.post(url, json=talk).json()["prompts"]
+    (resolved,) = http.post(url, json=talk).json()["prompts"]
     assert resolved["emphasised"][0]["text"].strip() == "Be brief."
     for bad in ({**body, "emphasis": "Bergen"}, {**body, "emphasis": {"spans": [[1, 0]]}}, {}):
-        assert httpx.post(url, json=bad).status_code == 400
+        assert http.post(url, json=bad).status_code == 400
 
 
 def test_metrics(server, client):
@@ -340,7 +341,7 @@ def test_metrics(server, client):
     after = [metric(server, name) for name in names]
     rows = [reply.usage.completion_tokens for reply in replies]
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 5, 1, *rows]
-    assert "emphasis_mine" not in httpx.get(f"{server}/metrics").text
+    assert "emphasis_mine" not in http.get(f"{server}/metrics").text
 
 
 HOSTILE = {
@@ -359,7 +360,7 @@ HOSTILE = {
 def test_hostile_bodies(case, path, server):
     """What trips JSON, UTF-8 or a label: 400, with a message."""
     body = json.dumps({"model": "m", "prompt": PROMPT, "max_tokens": 1, **HOSTILE[case]})
-    reply = httpx.post(f"{server}{path}", content=body, headers=JSON)
+    reply = http.post(f"{server}{path}", content=body, headers=JSON)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["message"]
 
@@ -389,10 +390,10 @@ CHAT_BODY = {"model": "m", "messages": MESSAGES, "max_tokens": 1}
 def test_other_ways_in(path, body, server):
     """Endpoints beside OpenAI's: emphasised, reported, refused alike."""
     body = {**body, "emphasis": "colour", "return_emphasis": True}
-    reply = httpx.post(f"{server}{path}", json=body, timeout=60)
+    reply = http.post(f"{server}{path}", json=body)
     assert json.loads(reply.headers["x-emphasis"])[0]["emphasised"][0]["text"].strip() == "colour"
     body["emphasis"] = "Bergen"
-    reply = httpx.post(f"{server}{path}", json=body)
+    reply = http.post(f"{server}{path}", json=body)
     assert reply.status_code == 400
     assert "not in the prompt" in reply.text
 
@@ -401,8 +402,8 @@ def test_endpoint_that_would_drop_it(server):
     """A batch of chats has no room for it in vLLM's model: refused, plain ones are served."""
     body = {**CHAT_BODY, "messages": [MESSAGES, MESSAGES]}
     url = f"{server}/v1/chat/completions/batch"
-    assert httpx.post(url, json=body, timeout=60).status_code == 200
-    reply = httpx.post(url, json={**body, "emphasis": "colour"})
+    assert http.post(url, json=body).status_code == 200
+    reply = http.post(url, json={**body, "emphasis": "colour"})
     assert reply.status_code == 400
     assert "takes no emphasis" in reply.text
 
@@ -541,3 +542,19 @@ def test_example(server):
     assert "Brazil" in lines["emphasised"]
     assert lines["chat"].strip()
     assert "a citizen of Bra" in lines["refused"]
+
+
+def test_readme(server):
+    """The request of the README's curl: the fact with emphasis, the model's own without."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    path, body = re.search(
+        r"curl -s localhost:8000(\S+) .*? -d '(.*?)'\n", readme, re.DOTALL
+    ).groups()
+    emphasised = {**json.loads(body), "model": "m"}
+    plain = {key: value for key, value in emphasised.items() if key != "emphasis"}
+    answers = [
+        httpx.post(server + path, json=request, timeout=60).json()["choices"][0]["text"]
+        for request in (plain, emphasised)
+    ]
+    assert answers[0].startswith(" Germany.")
+    assert answers[1].startswith(" Brazil.")

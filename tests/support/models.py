@@ -8,33 +8,14 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from vllm_pasta.verify.models import random_ids as random_ids
+from vllm_pasta.verify.models import tiny_llama as tiny_llama
+
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def tiny_llama(
-    folder, *, heads=4, kv_heads=2, head_size=32, layers=4, dtype=torch.float32, vocab=256
-):
-    """Saves a random Llama whose greedy choices are clear and react to its context."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=heads * head_size,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_size,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    return folder
 
 
 WINDOW = 40
@@ -107,12 +88,6 @@ def byte_tokenizer(folder):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
-
-
-def random_ids(n, seed=0, vocab=256):
-    """``n`` token ids; none of the special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, vocab, (n,), generator=generator).tolist()
 
 
 def lora_adapter(model, folder, *, seed, rank=4, scale=0.3):

@@ -9,6 +9,7 @@ vLLM's own kernel gives.
 
 import json
 import os
+from functools import partial
 from types import SimpleNamespace
 
 os.environ.update(TRITON_INTERPRET="1", VLLM_LOGGING_LEVEL="WARNING")
@@ -77,7 +78,7 @@ def main():
     report = {
         "digests": {n: triton_lse.source_digest(getattr(upstream, n)) for n in triton_lse.DIGESTS}
     }
-    attention = triton_lse.unified_attention(upstream.unified_attention)
+    attention = partial(triton_lse._unified_attention, upstream.unified_attention)
     for name, query_lens, seq_lens in (
         ("prefill", [5, 40, 1], [5, 70, 33]), ("decode", [1, 1, 1], [5, 70, 33])
     ):  # fmt: skip

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from vllm_pasta.request.heads import bundled
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("*/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
-    ROOT / "patches/README.md",
 ]
 
 BLOCK = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.DOTALL | re.MULTILINE)
@@ -122,3 +123,77 @@ def test_what_operators_use_is_listed():
     }
     assert len(counters) >= 4
     assert not {name for name in names if name not in text}
+
+
+def test_the_actor_is_named():
+    """The documents say "the plugin", "vLLM", "the GPU path"."""
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.findall(r"\b(ours|theirs|[Ww]e|[Oo]ur|GPU's way)\b", text), path.name
+
+
+def module_state(tree):
+    """Names of a module that hold state between calls: globals that functions set, context
+    variables, caches, containers that begin empty."""
+    local = {
+        n.name for n in tree.body if isinstance(n, ast.ClassDef) and "local" in unparse(n.bases)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield from node.names
+        elif isinstance(node, ast.FunctionDef) and re.search(
+            r"\b(lru_)?cache\b", unparse(node.decorator_list)
+        ):
+            yield node.name
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            kind = unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+            empty = unparse(node.value) in ("[]", "{}", "set()")
+            if empty or kind in {"ContextVar", "WeakValueDictionary", *local}:
+                yield unparse(node.targets if isinstance(node, ast.Assign) else node.target)
+
+
+def foreign_attributes(tree):
+    """Attributes that a module sets on objects of other modules' classes."""
+    own, foreign = set(), set()
+    for node in ast.walk(tree):
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            for item in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if isinstance(item, ast.Attribute):
+                    is_own = re.match(r"(self|_\w+)$", unparse(item.value))
+                    (own if is_own else foreign).add(item.attr)
+    return foreign - own
+
+
+def unparse(nodes):
+    return ", ".join(map(ast.unparse, nodes if isinstance(nodes, list) else [nodes]))
+
+
+def test_hidden_state_is_listed():
+    """docs/architecture.md lists module globals, and attributes put on objects of vLLM."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Where state hides")[1].split("\n## ")[0]
+    cells = [row.split(" | ") for row in section.splitlines() if row.startswith("| ")]
+    names = [[re.findall(r"`([\w/.]+)`", cell) for cell in row[:2]] for row in cells]
+    listed = {(a[0], name) for a, b in names if a and "/" in a[0] for name in b}
+    attributes = {name for a, b in names if not (a and "/" in a[0]) for name in b}
+    package = ROOT / "vllm_pasta"
+    found = set()
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        file = path.relative_to(package).as_posix()
+        found |= {(file, name) for name in module_state(tree)}
+        if file.startswith("integration/"):
+            missing = set(foreign_attributes(tree)) - attributes
+            assert not missing, f"{file} sets attributes that are not listed: {missing}"
+    assert found == listed
+
+
+def test_layers_are_those_of_the_contracts():
+    """docs/architecture.md shows the rooms in the order that import-linter checks."""
+    shown = blocks(ROOT / "docs" / "architecture.md", "text")
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = config["tool"]["importlinter"]["contracts"]
+    layers = ["\n".join(c["layers"]) + "\n" for c in contracts if c["type"] == "layers"]
+    assert len(layers) == 2
+    assert set(layers) <= set(shown)

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pasta import Emphasis, EmphasisError
-from vllm_pasta.integration import upstream
+from vllm_pasta.integration import patching, plugin
 from vllm_pasta.integration.frontend import metrics
+from vllm_pasta.integration.frontend.batch_file import rewrite_batch_line
 from vllm_pasta.integration.frontend.middleware import (
     HEADER_LIMIT_BYTES,
     EmphasisMiddleware,
     header,
     rewrite,
-    rewrite_batch_line,
 )
 
 
@@ -73,8 +73,8 @@ def test_batch_file():
     assert after == {**line, "body": {"vllm_xargs": {"emphasis": '{"text": "a"}'}}}
     from vllm.entrypoints.launchers.run_batch import BatchRequestInput
 
-    upstream.apply()
-    upstream.apply_frontend()
+    plugin.register()
+    patching.apply_frontend()
     line["body"]["messages"] = [{"role": "user", "content": "a"}]
     request = BatchRequestInput.model_validate_json(json.dumps({**line, "method": "POST"}))
     assert request.body.to_sampling_params(1, {}).extra_args == {"emphasis": '{"text": "a"}'}
@@ -186,7 +186,7 @@ def call(body, path="/v1/completions", app=None, root_path=""):
     async def default(scope, receive, send):
         seen["body"] = (await receive())["body"]
         seen["headers"] = dict(scope["headers"])
-        if (entries := metrics.report.get()) is not None:
+        if (entries := metrics.report_entries.get()) is not None:
             entries.append({"prompt": 0, "emphasised": []})
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -225,7 +225,7 @@ def test_middleware():
         b"content-type": b"application/json",
     }
     assert dict(sent[0]["headers"])[b"x-emphasis"] == b'[{"prompt": 0, "emphasised": []}]'
-    assert metrics.report.get() is None
+    assert metrics.report_entries.get() is None
 
 
 def test_middleware_without_report():

@@ -18,7 +18,7 @@ import main_job
 import pytest
 from models import tiny_llama
 
-from vllm_pasta.integration import upstream
+from vllm_pasta.integration import attach
 
 TESTS = Path(__file__).parent.parent
 SUPPORT = TESTS / "support"
@@ -124,7 +124,7 @@ def test_every_patch_has_a_diff():
         assert f"| `{diff.name}` |" in table
         for target in re.findall(r"^  (vllm\.\S+:\S+)$", message(diff), flags=re.M):
             named[target] = diff.name
-    for patch in upstream.PATCHES:
+    for patch in attach.PATCHES:
         assert f"`{named[patch.target]}`" in entries[patch.target]
 
 

@@ -11,12 +11,12 @@ from conftest import start
 
 from tools import check_upstream
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import plugin, upstream
+from vllm_pasta.integration import attach, plugin
 
 LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
 
 
-@pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.target)
+@pytest.mark.parametrize("patch", attach.PATCHES, ids=lambda patch: patch.target)
 def test_upstream_unchanged(patch):
     """Fails when vLLM changes a wrapped function: read it again, then record its new digest."""
     assert patch.source_digest in patch.digests.split()
@@ -74,7 +74,7 @@ def test_ledger_is_complete():
     """One entry per patch, with every heading; none for what is gone."""
     text = LEDGER.read_text(encoding="utf-8")
     entries = re.split(r"^## ", text.partition("\n# Ledger\n")[2], flags=re.M)[1:]
-    assert {entry.split("`")[1] for entry in entries} == {p.target for p in upstream.PATCHES}
+    assert {entry.split("`")[1] for entry in entries} == {p.target for p in attach.PATCHES}
     for entry in entries:
         for heading in ("why", "how", "upstream status", "can go when"):
             assert heading in entry.lower(), entry
@@ -83,9 +83,9 @@ def test_ledger_is_complete():
 def test_register_twice():
     """Idempotent: a second call wraps nothing twice."""
     plugin.register()
-    functions = [patch.function for patch in upstream.PATCHES]
+    functions = [patch.function for patch in attach.PATCHES]
     plugin.register()
-    assert functions == [patch.function for patch in upstream.PATCHES]
+    assert functions == [patch.function for patch in attach.PATCHES]
 
 
 def test_other_vllm_is_refused(monkeypatch):
@@ -122,9 +122,9 @@ def test_switched_off():
     """With VLLM_PLUGINS= nothing of vLLM is changed."""
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"
-        "from vllm_pasta.integration import upstream;"
+        "from vllm_pasta.integration import patching;"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
-        "print(upstream.is_applied(), E.CPU_ATTN.is_overridden())"
+        "print(patching.is_applied(), E.CPU_ATTN.is_overridden())"
     )
     for plugins, answer in (("", "False False"), ("pasta", "True True"), ("other", "False False")):
         result = subprocess.run(

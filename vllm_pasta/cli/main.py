@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from vllm_pasta._version import __version__
-from vllm_pasta.cli import demo, eval, explain, profile
+from vllm_pasta import __version__
+from vllm_pasta.cli import demo, eval, explain, profile, verify
 from vllm_pasta.errors import PastaError
 
 
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "explain": explain,
     "eval": eval,
     "profile": profile,
+    "verify": verify,
 }
 
 

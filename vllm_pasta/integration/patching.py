@@ -1,9 +1,17 @@
-"""How a function of vLLM is wrapped at run time. What is wrapped: ``upstream``."""
+"""How the plugin attaches to vLLM at run time: wrapped functions, and hook points.
 
+Stock vLLM has no hook points. The diffs in ``patches/`` add them, one each, for upstream to take;
+where an installed vLLM has one, the plugin registers with it, and the patches which it supersedes
+are left out (``Patch.superseded_by``). Both ways end in the same functions.
+
+This module does not know what is attached: `plugin.register` gives the lists to `apply`.
+"""
+
+import functools
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,7 +26,7 @@ class Patch:
 
     Attributes:
         target: ``module:qualified.name``.
-        wrap: Original function to its replacement.
+        wrapper: Called in its place: with the original, then the arguments of the call.
         digests: SHA-256 of the original's source, first 12 characters; several, separated by
             spaces, where the supported vLLMs differ.
         superseded_by: What a vLLM has that does not need the patch, thanks to one of our diffs: a
@@ -29,7 +37,7 @@ class Patch:
     """
 
     target: str
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    wrapper: Callable[..., Any]
     digests: str
     superseded_by: str
     frontend: bool = False
@@ -62,7 +70,11 @@ class Patch:
             return
         owner, name = self._locate()
         static = inspect.getattr_static(owner, name)
-        wrapped = self.wrap(function)
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return self.wrapper(function, *args, **kwargs)
+
         setattr(wrapped, _MARK, function)
         kind = type(static) if isinstance(static, staticmethod | classmethod) else lambda f: f
         setattr(owner, name, kind(wrapped))
@@ -78,3 +90,53 @@ class Patch:
 
 def _bare(static: Any) -> Callable[..., Any]:
     return static.__func__ if isinstance(static, staticmethod | classmethod) else static
+
+
+_given: tuple[Patch, ...] | None = None
+"""The patches that `apply` was given; None before."""
+
+
+def apply(patches: Sequence[Patch], hooks: Mapping[str, Callable[..., Any]]) -> None:
+    """Attaches the plugin to vLLM in this process. Idempotent.
+
+    Args:
+        patches: Those that every process needs are applied now; the rest by `apply_frontend` and
+            `apply_backend`.
+        hooks: Functions by the name of their hook point in ``vllm.plugins.hooks``, whose
+            documentation says what it calls them with. Names that this vLLM lacks are skipped.
+    """
+    global _given
+    _register(hooks)
+    for patch in patches:
+        if not patch.frontend and patch.backend is None:
+            patch.apply()
+    _given = tuple(patches)
+
+
+def apply_frontend() -> None:
+    """Applies the patches that front ends need."""
+    for patch in _given or ():
+        if patch.frontend:
+            patch.apply()
+
+
+def apply_backend(name: str) -> None:
+    """Applies the patches that the steered version of a GPU attention backend needs."""
+    for patch in _given or ():
+        if patch.backend == name:
+            patch.apply()
+
+
+def is_applied() -> bool:
+    """Whether `apply` was called in this process."""
+    return _given is not None
+
+
+def _register(hooks: Mapping[str, Callable[..., Any]]) -> None:
+    try:
+        points = importlib.import_module(_HOOKS)
+    except ImportError:
+        return
+    for name, function in hooks.items():
+        if hasattr(points, name):
+            getattr(points, name).register(function)

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration.plugin import GPU_BACKENDS
+from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_pasta._version import __version__
+from vllm_pasta import __version__
 from vllm_pasta.profiling.methods import Head
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ defaults are known. It is all that the scheduler, the KV connectors and the work
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -102,6 +102,32 @@ class ResolvedEmphasis:
             prompt_len=wire["prompt_len"],
             factors=tuple(wire.get("factors", ())),
         )
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What became of a request's emphasis.
+
+    Attributes:
+        emphasis: Ready to run.
+        token_ids: The prompt's; others than before if markup was taken out.
+        text: The prompt's, after markup was taken out; None where only token ranges were given.
+    """
+
+    emphasis: ResolvedEmphasis
+    token_ids: list[int]
+    text: str | None
+
+    def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """The emphasised token ranges and their text, for people.
+
+        Args:
+            decode: Token ids to text.
+        """
+        return [
+            {"tokens": [start, end], "text": decode(self.token_ids[start:end])}
+            for start, end in self.emphasis.spans
+        ]
 
 
 def union(spans: Iterable[Span]) -> tuple[Span, ...]:

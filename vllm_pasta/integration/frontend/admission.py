@@ -6,7 +6,6 @@ leaves carries a resolved emphasis under ``WIRE_KEY``, or none at all.
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -19,9 +18,9 @@ from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.scheduler import connectors
 from vllm_pasta.request.emphasis import Emphasis, has_emphasis, is_ours
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.locate import CHAT_KEY, Located, Locator
+from vllm_pasta.request.locate import CHAT_KEY, Locator
 from vllm_pasta.request.markup import Markup
-from vllm_pasta.request.resolution import KEY, WIRE_KEY, ResolvedEmphasis
+from vllm_pasta.request.resolution import KEY, WIRE_KEY, Resolution, ResolvedEmphasis
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,27 +51,6 @@ class AdmissionError(VLLMValidationError, EmphasisError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What became of a request's emphasis.
-
-    Attributes:
-        emphasis: Ready to run.
-        located: Its token ranges, with the prompt's text and offsets where they were needed.
-    """
-
-    emphasis: ResolvedEmphasis
-    located: Located
-
-    def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-        """The emphasised token ranges and their text, for people."""
-        ids = self.located.token_ids
-        return [
-            {"tokens": [start, end], "text": decode(ids[start:end])}
-            for start, end in self.emphasis.spans
-        ]
 
 
 class Admission:
@@ -124,13 +102,13 @@ class Admission:
         resolution = self.check(params, prompt, resumable=resumable)
         if resolution is None:
             return params
-        emphasis, located = resolution.emphasis, resolution.located
+        emphasis = resolution.emphasis
         # An empty form says that there is nothing to steer, and that we have been here.
         wire = Admitted({} if emphasis.is_plain else emphasis.to_wire())
-        if located.token_ids != prompt["prompt_token_ids"]:
-            assert located.tokenized is not None
-            prompt["prompt"] = located.tokenized.text
-            prompt["prompt_token_ids"] = located.token_ids
+        if resolution.token_ids != prompt["prompt_token_ids"]:
+            assert resolution.text is not None
+            prompt["prompt"] = resolution.text
+            prompt["prompt_token_ids"] = resolution.token_ids
             prompt.pop("prompt_token_offsets", None)
         metrics.resolved(resolution, self.locator.decode)
         return _with_wire(params, wire)
@@ -220,7 +198,8 @@ class Admission:
         alpha = self.config.alpha if emphasis.alpha is None else emphasis.alpha
         heads = self._heads(emphasis.heads, needed=bool(located.spans))
         resolved = ResolvedEmphasis(located.spans, alpha, heads, len(located.token_ids))
-        return Resolution(resolved, located)
+        text = None if located.tokenized is None else located.tokenized.text
+        return Resolution(resolved, located.token_ids, text)
 
     def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
         assert self.config is not None

@@ -1,4 +1,4 @@
-"""How emphasis goes through vLLM's beam search: wrappers for `upstream.PATCHES`.
+"""How emphasis goes through vLLM's beam search.
 
 vLLM runs every step of every beam as a request of its own, whose prompt is the original prompt and
 what the beam has generated. So emphasis is resolved once, against the original prompt, and every
@@ -11,71 +11,107 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from vllm_pasta.integration.patching import Patch
+from vllm_pasta.request.resolution import WIRE_KEY
+
 _admit: ContextVar[Callable[[Any], Any] | None] = ContextVar("admit", default=None)
 """Admits a prompt of the ``LLM.beam_search`` that is being called; its prompts are made within."""
 
 
-def to_params(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``vllm_xargs`` asks for goes along; ``BeamSearchParams`` has no field for it."""
-
-    @functools.wraps(original)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        params = original(self, *args, **kwargs)
-        params.extra_args = self.vllm_xargs
-        return params
-
-    return to_beam_search_params
+def _to_params(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Puts ``vllm_xargs`` into the params; ``BeamSearchParams`` has no field for them."""
+    params = original(self, *args, **kwargs)
+    params.extra_args = self.vllm_xargs
+    return params
 
 
-def online(original: Callable[..., Any]) -> Callable[..., Any]:
+def _online(
+    original: Callable[..., Any],
+    self: Any,
+    prompt: Any,
+    request_id: str,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Admits when called: the original, an async generator, starts after that."""
-
-    @functools.wraps(original)
-    def beam_search(
-        self: Any, prompt: Any, request_id: str, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        admission = self.engine_client.input_processor.pasta_admission
-        prompt = admission.admit_beams(params, prompt)
-        return original(self, prompt, request_id, params, *args, **kwargs)
-
-    return beam_search
+    admission = self.engine_client.input_processor.pasta_admission
+    prompt = admission.admit_beams(params, prompt)
+    return original(self, prompt, request_id, params, *args, **kwargs)
 
 
-def offline(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Says to `instance` which engine and params its prompt is for."""
-
-    @functools.wraps(original)
-    def beam_search(self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        admission = self.llm_engine.input_processor.pasta_admission
-        token = _admit.set(functools.partial(admission.admit_beams, params))
-        try:
-            return original(self, prompts, params, *args, **kwargs)
-        finally:
-            _admit.reset(token)
-
-    return beam_search
+def _offline(
+    original: Callable[..., Any], self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Says to `_instance` which engine and params its prompt is for."""
+    admission = self.llm_engine.input_processor.pasta_admission
+    token = _admit.set(functools.partial(admission.admit_beams, params))
+    try:
+        return original(self, prompts, params, *args, **kwargs)
+    finally:
+        _admit.reset(token)
 
 
-def instance(original: Callable[..., Any]) -> Callable[..., Any]:
+def _instance(
+    original: Callable[..., Any], self: Any, prompt: Any, *args: Any, **kwargs: Any
+) -> None:
     """Admits one prompt of ``LLM.beam_search``, before anything runs."""
-
-    @functools.wraps(original)
-    def __init__(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> None:
-        admit = _admit.get()
-        original(self, prompt if admit is None else admit(prompt), *args, **kwargs)
-
-    return __init__
+    admit = _admit.get()
+    original(self, prompt if admit is None else admit(prompt), *args, **kwargs)
 
 
-def beam_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
+def _beam_prompt(original: Callable[..., Any], self: Any) -> Any:
     """Hands the resolved emphasis to each beam's prompt (`BeamSearchSequence.get_prompt`)."""
-    from vllm_pasta.request.resolution import WIRE_KEY
+    prompt = original(self)
+    if WIRE_KEY in self.orig_prompt:
+        prompt[WIRE_KEY] = self.orig_prompt[WIRE_KEY]
+    return prompt
 
-    @functools.wraps(original)
-    def get_prompt(self: Any) -> Any:
-        prompt = original(self)
-        if WIRE_KEY in self.orig_prompt:
-            prompt[WIRE_KEY] = self.orig_prompt[WIRE_KEY]
-        return prompt
 
-    return get_prompt
+def _patch(target: str, wrapper: Callable[..., Any], digests: str) -> Patch:
+    superseded_by = "vllm.sampling_params:BeamSearchParams.extra_args"
+    return Patch(f"vllm.entrypoints.{target}", wrapper, digests, superseded_by, frontend=True)
+
+
+PATCHES = (
+    _patch(
+        "openai.completion.protocol:CompletionRequest.to_beam_search_params",
+        _to_params,
+        "a1d956e4e6f9 8aea3604dafb",
+    ),
+    _patch(
+        "openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
+        _to_params,
+        "811f6b3777f9 31617f201a06",
+    ),
+    _patch(
+        "speech_to_text.transcription.protocol:TranscriptionRequest.to_beam_search_params",
+        _to_params,
+        "cb30285d6c09 cfe80cd2024d",
+    ),
+    _patch(
+        "speech_to_text.translation.protocol:TranslationRequest.to_beam_search_params",
+        _to_params,
+        "cb30285d6c09 cfe80cd2024d",
+    ),
+    _patch(
+        "generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
+        _online,
+        "e2e6d1893a8f 6e6156350d02",
+    ),
+    _patch(
+        "generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
+        _offline,
+        "b4b93229fd76 c07c81870da3",
+    ),
+    _patch(
+        "generate.beam_search.utils:BeamSearchInstance.__init__",
+        _instance,
+        "a5587f260df0",
+    ),
+    _patch(
+        "generate.beam_search.utils:BeamSearchSequence.get_prompt",
+        _beam_prompt,
+        "fe68246d5121",
+    ),
+)

@@ -1,10 +1,12 @@
 """Flags of ``vllm serve`` (and every vLLM command that takes engine arguments)."""
 
 import argparse
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_pasta.integration.config import DEFAULT_ALPHA, KEY
+from vllm_pasta.integration.patching import Patch
 
 MIDDLEWARE = "vllm_pasta.integration.frontend.middleware.EmphasisMiddleware"
 
@@ -62,3 +64,33 @@ def _plugin(name: str) -> str:
     if name not in known:
         raise argparse.ArgumentTypeError(f"no plugin {name!r}; installed: {', '.join(known)}")
     return name
+
+
+def _add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
+    parser = original(parser, *args, **kwargs)
+    add_plugin_flag(parser)
+    add_flags(parser)
+    return parser
+
+
+def _from_cli_args(original: Callable[..., Any], cls: Any, args: Any) -> Any:
+    engine_args = original(cls, args)
+    apply_flags(args, engine_args)
+    return engine_args
+
+
+PATCHES = (
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        _add_cli_args,
+        "0b7444570415 eb63de155f31",
+        "cli_args",
+    ),
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        _from_cli_args,
+        "51a013f61829",
+        "cli_parsed",
+    ),
+)
+HOOKS: dict[str, Callable[..., Any]] = {"cli_args": add_flags, "cli_parsed": apply_flags}

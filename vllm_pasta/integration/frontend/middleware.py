@@ -82,11 +82,11 @@ class EmphasisMiddleware:
                 message["headers"] = [*message.get("headers", ()), (HEADER, header(entries))]
             await send(message)
 
-        token = metrics.report.set(entries)
+        token = metrics.report_entries.set(entries)
         try:
             await self.app(scope, replay, send_with_header)
         finally:
-            metrics.report.reset(token)
+            metrics.report_entries.reset(token)
 
 
 def rewrite(body: bytes) -> tuple[bytes, bool]:
@@ -99,7 +99,7 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
     Raises:
         EmphasisError: a field is given twice, or is of a type that means nothing.
     """
-    request = _object(body)
+    request = read_object(body)
     xargs = (request.get("vllm_xargs") or {}) if request else {}
     if not request or not isinstance(xargs, dict):
         return body, False  # nothing of ours, or vLLM says what is wrong with it
@@ -122,26 +122,13 @@ def rewrite(body: bytes) -> tuple[bytes, bool]:
     return dumps(request).encode(), bool(wanted)
 
 
-def rewrite_batch_line(line: str | bytes) -> str | bytes:
-    """The same for a line of a batch file (``vllm run-batch``), whose ``body`` is a request's.
-
-    Raises:
-        EmphasisError: as `rewrite`.
-    """
-    request = _object(line.encode() if isinstance(line, str) else line)
-    if request is None or not isinstance(request.get("body"), dict):
-        return line
-    body, _ = rewrite(dumps(request["body"]).encode())
-    return dumps({**request, "body": json.loads(body)})
-
-
 def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
     """Lets a body without our fields pass, to an endpoint that would drop them.
 
     Raises:
         EmphasisError: it has one.
     """
-    request = _object(body) or {}
+    request = read_object(body) or {}
     xargs = request.get("vllm_xargs")
     for fields in (request, xargs if isinstance(xargs, dict) else {}):
         if any(is_ours(key) and value is not None for key, value in fields.items()):
@@ -151,7 +138,7 @@ def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
     return body, False
 
 
-def _object(body: bytes) -> dict[str, Any] | None:
+def read_object(body: bytes) -> dict[str, Any] | None:
     """The body as an object, if it may hold one of our fields; else None."""
     # Keys may be written with escapes, and JSON in UTF-16.
     if not any(sign in body for sign in (KEY.encode(), b"\\u", b"\0")):

@@ -7,8 +7,10 @@ hash. So blocks before the first emphasised token are shared with plain requests
 shares everything, and nothing wrong is ever shared.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from vllm_pasta.integration.patching import Patch
 from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 
 TAG = "pasta"
@@ -47,3 +49,38 @@ def carried_emphasis(params: Any) -> ResolvedEmphasis | None:
     """The resolved emphasis that admission put into sampling params."""
     wire = ((params and params.extra_args) or {}).get(WIRE_KEY)
     return ResolvedEmphasis.from_wire(wire) if wire else None
+
+
+def block_hash_key(request: Any, start: int, end: int) -> tuple[Any, ...] | None:
+    """The key of a request's KV block of tokens ``[start, end)``, or None."""
+    emphasis = request_emphasis(request)
+    return None if emphasis is None else block_key(emphasis, start, end)
+
+
+def _generate_block_hash_extra_keys(
+    original: Callable[..., Any],
+    request: Any,
+    start_token_idx: int,
+    end_token_idx: int,
+    start_mm_idx: int,
+) -> tuple[tuple[Any, ...] | None, int]:
+    keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+    key = block_hash_key(request, start_token_idx, end_token_idx)
+    return keys if key is None else (*(keys or ()), key), mm_idx
+
+
+PATCHES = (
+    Patch(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        _generate_block_hash_extra_keys,
+        "fabb6e4b928a",
+        "block_hash_keys",
+    ),
+    Patch(  # imported there by name, for KV cache events
+        "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+        _generate_block_hash_extra_keys,
+        "fabb6e4b928a",
+        "block_hash_keys",
+    ),
+)
+HOOKS = {"block_hash_keys": block_hash_key}

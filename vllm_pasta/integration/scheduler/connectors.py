@@ -18,13 +18,14 @@ import enum
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.config import is_enabled
+from vllm_pasta.integration.patching import Patch
 from vllm_pasta.integration.scheduler.cache_keys import TAG, carried_emphasis
 from vllm_pasta.request.resolution import ResolvedEmphasis
 
@@ -210,3 +211,18 @@ def _named(
             child.get("kv_connector_module_path"),
             child.get("kv_connector_extra_config") or {},
         )
+
+
+def _get_connector_class(original: Callable[..., Any], cls: Any, kv_transfer_config: Any) -> Any:
+    return honouring(original(cls, kv_transfer_config), kv_transfer_config)
+
+
+PATCHES = (
+    Patch(
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.get_connector_class",
+        _get_connector_class,
+        "006f844582d8",
+        "kv_connector_class",
+    ),
+)
+HOOKS = {"kv_connector_class": honouring}

@@ -10,13 +10,14 @@ to be steered.
 - **vLLM's Triton kernel** ends with both numbers that it follows from: see `triton_lse`.
 """
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from vllm_pasta.integration.patching import Patch
 
 FLASH_ATTENTION = (2, 3)
 """Versions whose log-sum-exp vLLM's own decode context parallelism relies on."""
@@ -117,18 +118,13 @@ def wanted_room(query: torch.Tensor) -> torch.Tensor | None:
     return _answer.room(query) if _answer.is_wanted else None
 
 
-def flash_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+def _flash_attention(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wraps vLLM's one call of FlashAttention for decoder layers."""
-
-    @functools.wraps(original)
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if not _answer.is_wanted:
-            return original(*args, **kwargs)
-        output, lse, *_ = original(*args, **{**kwargs, "return_softmax_lse": True})
-        _answer.take(lse)
-        return output
-
-    return kernel
+    if not _answer.is_wanted:
+        return original(*args, **kwargs)
+    output, lse, *_ = original(*args, **{**kwargs, "return_softmax_lse": True})
+    _answer.take(lse)
+    return output
 
 
 def _ask_flashinfer(metadata: Any, query: torch.Tensor) -> list[Any]:
@@ -147,7 +143,7 @@ def _ask_flashinfer(metadata: Any, query: torch.Tensor) -> list[Any]:
         )
         if count > 0
     ]
-    wrappers = [getattr(part, "wrapper", None) for part, _ in wanted]
+    wrappers: list[Any] = [getattr(part, "wrapper", None) for part, _ in wanted]
     if any(getattr(wrapper, "run", None) is None for wrapper in wrappers):
         return []
     values = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -163,3 +159,14 @@ def _storing(run: Callable[..., Any], values: torch.Tensor) -> Callable[..., Any
         return output
 
     return storing
+
+
+PATCHES = (
+    Patch(
+        "vllm.v1.attention.backends.flash_attn:FA4DenseAttentionKernel.kernel",
+        _flash_attention,
+        "c5faf0462409",
+        "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
+        backend="FLASH_ATTN",
+    ),
+)

@@ -14,6 +14,7 @@ A vLLM whose attention metadata tells each row's sampling params (see ``patches/
 detour: there the metadata is asked.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -28,7 +29,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration import patching
 from vllm_pasta.integration.config import is_enabled
+from vllm_pasta.integration.patching import Patch
 from vllm_pasta.request.emphasis import has_emphasis
 from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.steering.plan import StaticPlan
@@ -213,9 +216,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuses emphasis where the plugin proper is switched off, so that none is ignored."""
-        from vllm_pasta.integration import upstream
-
-        if not upstream.is_applied() and has_emphasis(sampling_params.extra_args):
+        if not patching.is_applied() and has_emphasis(sampling_params.extra_args):
             raise ValueError(
                 "emphasis: vllm-pasta is installed but switched off here (VLLM_PLUGINS does not "
                 "name pasta), so this request would run unsteered"
@@ -231,3 +232,23 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
             )
         wire = extra_args.get(WIRE_KEY)
         return ResolvedEmphasis.from_wire(wire) if wire else None
+
+
+def _build_logitsprocs(
+    original: Callable[..., Any], vllm_config: "VllmConfig", *args: Any, **kwargs: Any
+) -> Any:
+    """Puts `EmphasisRows` back, since vLLM drops plugins' processors with speculative decoding."""
+    processors = original(vllm_config, *args, **kwargs)
+    if vllm_config.speculative_config is not None and is_enabled(vllm_config):
+        processors.argmax_invariant.append(EmphasisRows(vllm_config))
+    return processors
+
+
+PATCHES = (
+    Patch(
+        "vllm.v1.sample.logits_processor:build_logitsprocs",
+        _build_logitsprocs,
+        "82609dd72304",
+        "vllm.v1.attention.backend:CommonAttentionMetadata.get_sampling_params",
+    ),
+)

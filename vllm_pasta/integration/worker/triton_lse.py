@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_pasta.integration.patching import Patch
 from vllm_pasta.integration.worker import lse
 
 logger = init_logger(__name__)
@@ -59,9 +60,20 @@ def source_digest(kernel: Any) -> str:
     return hashlib.sha256(inspect.getsource(kernel.fn).encode()).hexdigest()[:12]
 
 
-def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
+def _unified_attention(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Wraps vLLM's one call of its Triton attention for decoder layers."""
-    module = sys.modules[original.__module__]
+    _asked.append(lse.wanted_room(kwargs["q"]) if _choose(original.__module__) else None)
+    try:
+        original(*args, **kwargs)
+    finally:
+        _asked.pop()
+
+
+@functools.cache
+def _choose(name: str) -> bool:
+    """Puts a `_Chosen` in place of each kernel of vLLM's module of that name, once; returns
+    whether they are there."""
+    module = sys.modules[name]
     kernels = {name: getattr(module, name) for name in DIGESTS}
     unknown = [name for name, kernel in kernels.items() if source_digest(kernel) != DIGESTS[name]]
     if unknown:
@@ -70,19 +82,10 @@ def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
             "costs attention over all keys",
             ", ".join(unknown),
         )
-        return original
+        return False
     for name, kernel in kernels.items():
         setattr(module, name, _Chosen(kernel, _edited(name, kernel)))
-
-    @functools.wraps(original)
-    def attention(*args: Any, **kwargs: Any) -> None:
-        _asked.append(lse.wanted_room(kwargs["q"]))
-        try:
-            original(*args, **kwargs)
-        finally:
-            _asked.pop()
-
-    return attention
+    return True
 
 
 _asked: list[Any] = [None]
@@ -118,5 +121,16 @@ def _edited(name: str, kernel: Any) -> Any:
     file = f"<vllm_pasta {name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     made: dict[str, Any] = {}
-    exec(compile(source, file, "exec"), kernel.fn.__globals__, made)  # noqa: S102
+    exec(compile(source, file, "exec"), kernel.fn.__globals__, made)
     return made[name]
+
+
+PATCHES = (
+    Patch(
+        "vllm.v1.attention.backends.triton_attn:unified_attention",
+        _unified_attention,
+        "7f622e55ccdb",
+        "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
+        backend="TRITON_ATTN",
+    ),
+)

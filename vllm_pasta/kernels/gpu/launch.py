@@ -80,12 +80,14 @@ class Workspace:
         sums: float32 ``[MAX_PART_ROWS * (padded head_size + 2)]``; for each row its weighted
             values, and behind all of them for each row its largest logit and sum of weights.
         counters: int32 ``[MAX_PART_ROWS // MIN_BLOCK_M]``; parts that are done, 0 between launches.
+        warm: Kinds of layers whose kernels are compiled; see `warm_up`.
     """
 
     def __init__(
         self, head_size: int, device: torch.device | str, is_invariant: bool = False
     ) -> None:
         self.is_invariant = is_invariant
+        self.warm: set[tuple[object, ...]] = set()
         width = triton.next_power_of_2(head_size) + 2
         self.sums = torch.empty(MAX_PART_ROWS * width, dtype=torch.float32, device=device)
         self.counters = torch.zeros(MAX_PART_ROWS // MIN_BLOCK_M, dtype=torch.int32, device=device)
@@ -160,6 +162,7 @@ def steered_attention(
     workspace: Workspace,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     lse: torch.Tensor | None = None,
+    lse_in_base_2: bool = False,
 ) -> None:
     """Overwrites the steered (row, head) pairs of ``output``; touches nothing else.
 
@@ -175,8 +178,9 @@ def steered_attention(
         attention: What the layer computes.
         workspace: Of this head size; launches on one stream may share one.
         scales: float32, one element each; what fp8 keys and values are multiplied by.
-        lse: float32 ``[num_tokens, num_heads]`` in any strides; natural logarithm of the plain
-            attention's sum of weights. None: not known. Not used where the layer has sinks.
+        lse: float32 ``[num_tokens, num_heads]`` in any strides; logarithm of the plain attention's
+            sum of weights. None: not known. Not used where the layer has sinks.
+        lse_in_base_2: Whether that is the logarithm in base 2, and not the natural one.
 
     Raises:
         ValueError: says what was expected and what came.
@@ -215,7 +219,7 @@ def steered_attention(
         *(x // align for x in (query.stride(0), output.stride(0), *kv_cache.stride()[:3])),
         *((0, 0) if lse is None else lse.stride()),
         SCALE=attention.scale,
-        LSE_SCALE=LOG2E,
+        LSE_SCALE=1.0 if lse_in_base_2 else LOG2E,
         SOFT_CAP=attention.soft_cap,
         WINDOW=attention.window,
         NUM_KV_HEADS=num_kv_heads,
@@ -236,6 +240,59 @@ def steered_attention(
         num_stages=num_stages,
         maxnreg=max_registers,
     )  # fmt: skip
+
+
+def warm_up(
+    buffers: SteeringBuffers,
+    workspace: Workspace,
+    attention: LayerAttention,
+    heads: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    fp8: torch.dtype | None = None,
+    lse_in_base_2: bool | None = None,
+) -> None:
+    """Compiles and loads all kernels that layers of a kind may launch, unless that is done.
+
+    By launches that find nothing to steer. What decides which kernel is compiled is a tensor's
+    dtype and the constants that `steered_attention` makes of its arguments; of integers nothing
+    is, and of pointers and strides no more than that they are multiples of 16 bytes, as those here
+    are. So these are the kernels of real steps.
+
+    Args:
+        buffers: The engine's; nothing of them is shown.
+        workspace: Of this head size; keeps which kinds are done.
+        attention: What the layers compute.
+        heads: Query heads and KV heads of this rank, and head size.
+        block_size: Rows of a block of the KV cache.
+        dtype: Of query and output.
+        fp8: Of keys and values, where they are not of ``dtype``.
+        lse_in_base_2: As for `steered_attention`; None: the log-sum-exp is not given.
+    """
+    num_heads, num_kv_heads, head_size = heads
+    kind = (
+        attention.scale, attention.window, attention.soft_cap, attention.alibi_slopes is None,
+        attention.sinks is None, heads, block_size, dtype, fp8, lse_in_base_2,
+    )  # fmt: skip
+    if kind in workspace.warm:
+        return
+    workspace.warm.add(kind)
+    buffers.hide()
+    device = buffers.device
+    cache = torch.zeros(
+        1, num_kv_heads, block_size, 2 * head_size, dtype=fp8 or dtype, device=device
+    )
+    one = torch.ones(1, device=device)
+    crowd = min(len(buffers.records), NUM_PROGRAMS // num_kv_heads + 1)
+    for count, max_query_len in ((1, 1), (crowd, 1), (1, 2)):
+        query = torch.zeros(count, num_heads, head_size, dtype=dtype, device=device)
+        zeros = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        steered_attention(
+            query, cache, torch.zeros_like(query), buffers, 0,
+            Batch(zeros, zeros[:count], zeros[:count, None], max_query_len), attention, workspace,
+            None if fp8 is None else (one, one),
+            None if lse_in_base_2 is None else query[..., 0].float(), bool(lse_in_base_2),
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
