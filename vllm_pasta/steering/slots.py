@@ -8,6 +8,7 @@ the request comes; a step copies the records of its slots to the device, and cop
 they are those of the step before.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -130,12 +131,8 @@ class SteeringBuffers:
 
     def _bits(self, emphasis: ResolvedEmphasis) -> np.ndarray | None:
         """The steered heads of this rank as words; None if there are none."""
-        bits = np.zeros((self.num_layers, self.words * 32), dtype=np.uint8)
-        for layer, heads in emphasis.heads.layers:
-            local = np.asarray(heads) - self.head_offset
-            bits[layer, local[(local >= 0) & (local < self.num_heads)]] = 1
-        packed = np.packbits(bits, axis=1, bitorder="little").view("<i4")
-        return packed.ravel() if packed.any() else None
+        layers = emphasis.heads.layers
+        return _head_words(layers, self.num_layers, self.num_heads, self.head_offset, self.words)
 
     def show(self, requests: np.ndarray | Iterable[int]) -> bool:
         """Tells the device what this step's requests are; never waits for it.
@@ -174,6 +171,24 @@ class SteeringBuffers:
         what a step in flight still reads is never overwritten."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self._is_pinned else tensor
+
+
+@functools.lru_cache(maxsize=64)  # requests share head sets
+def _head_words(
+    layers: tuple[tuple[int, tuple[int, ...]], ...],
+    num_layers: int,
+    num_heads: int,
+    head_offset: int,
+    words: int,
+) -> np.ndarray | None:
+    pairs = np.array([(layer, head) for layer, heads in layers for head in heads]).reshape(-1, 2)
+    pairs[:, 1] -= head_offset
+    pairs = pairs[(pairs[:, 1] >= 0) & (pairs[:, 1] < num_heads)]
+    if not len(pairs):
+        return None
+    bits = np.zeros((num_layers, words * 32), dtype=np.uint8)
+    bits[pairs[:, 0], pairs[:, 1]] = 1
+    return np.packbits(bits, axis=1, bitorder="little").view("<i4").ravel()
 
 
 def _segments(emphasis: ResolvedEmphasis) -> tuple[np.ndarray, int, int]:
