@@ -1,1 +1,1 @@
-"""Benchmarks: each checks equality first, then times; figures are ratios of alternated runs."""
+"""Benchmarks: each checks equality first, then times; figures are ratios of alternating runs."""

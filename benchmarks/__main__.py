@@ -1,4 +1,4 @@
-"""Everything: ``python -m benchmarks``. Each part also runs alone, see its ``--help``."""
+"""Runs every benchmark: ``python -m benchmarks``. Each also runs alone, see its ``--help``."""
 
 import argparse
 import subprocess

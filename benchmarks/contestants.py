@@ -1,4 +1,4 @@
-"""Two vLLMs that take turns: stock with the plugin switched off, and the same with it on."""
+"""Two vLLMs that take turns: one with the plugin switched off, one with it on."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from typing import Any
 
 
 class Contestant:
-    """A command in a process group of its own, stopped (SIGSTOP) when it is not its turn.
+    """A command in a process group of its own, stopped (SIGSTOP) while the other one runs.
 
     Args:
         name: "pasta" switches the plugin on.
         command: What to start.
-        kv_cache_gib: Of memory, for the KV cache on a CPU.
+        kv_cache_gib: Size of the KV cache on a CPU, in GiB.
         options: For `subprocess.Popen`.
     """
 
@@ -29,12 +29,12 @@ class Contestant:
         self.process = subprocess.Popen(command, env=env, start_new_session=True, **options)
 
     def pause(self) -> None:
-        """Until its next turn."""
+        """Stops the process until its next turn."""
         self._signal(signal.SIGSTOP)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within, it runs."""
+        """Lets the process run inside the ``with`` block."""
         self._signal(signal.SIGCONT)
         yield
         self.pause()

@@ -1,17 +1,17 @@
-"""Score and fluency by number of heads, on held-out examples.
+"""Plots score and fluency by number of heads, on held-out examples.
 
-From head sets that ``vllm-pasta profile --top-k auto`` made.
+The figures are in the head sets that ``vllm-pasta profile --top-k auto`` writes.
 """
 
 import argparse
 from pathlib import Path
 
 from vllm_pasta import HeadSet, tasks
-from vllm_pasta.profiling.plots import pyplot
+from vllm_pasta.profiling.report.plots import pyplot
 
 
 def draw(files: list[Path], out: Path) -> None:
-    """One plot per task: its judged metrics, and its fluency where there is one."""
+    """Draws one plot per task: the metrics that it is judged by, and its fluency if it has one."""
     plt = pyplot()
     curves = []
     for file in files:

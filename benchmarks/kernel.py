@@ -1,12 +1,12 @@
 """Times the CPU kernel of steered attention against vLLM's own attention kernel.
 
-Both work on the same query and KV cache. vLLM's kernel computes all heads; ours recomputes the
-steered ones from its output. Every case is first checked against the reference. "ours" is what
-steering adds to one layer's attention, the call from Python included.
+Both work on the same query and KV cache. vLLM's kernel computes all heads; the plugin's kernel
+recomputes the steered ones from its output. Every case is first checked against the reference
+kernel. "ours" is the time that steering adds to one layer's attention, with the call from Python.
 
-Decode is bound by memory. "GB/s" is what our kernel must read (the keys of the steered heads' KV
-heads and the values of emphasised tokens, each once) over its time; "memory" is what torch reaches
-here when it sums as many consecutive bytes. With --layers 30 each run finds keys and values in
+Decode is bound by memory. "GB/s" is what the plugin's kernel must read (the keys of the steered
+heads' KV heads and the values of emphasised tokens, each once) over its time; "memory" is the rate
+at which torch sums as many consecutive bytes. With --layers 30 each run finds keys and values in
 memory, as in an engine; with 1, small cases find them in the caches.
 
     python benchmarks/kernel.py --json kernel.json
@@ -45,7 +45,7 @@ CASES = {  # name -> (number of requests, query rows of each, context)
 
 
 class Bench:
-    """One batch on a cache that vLLM's own kernel filled."""
+    """One batch of requests on a KV cache that vLLM's own kernel filled."""
 
     def __init__(self, dtype: torch.dtype, num_requests: int, query_len: int, context: int) -> None:
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ class Bench:
         kernel(self.query, self.kv_cache, self.output, plan, heads, attention, self.layout)
 
     def check(self, heads: Sequence[int]) -> None:
-        """Ours = the reference; with alpha 1, which is plain attention, ours = vLLM's."""
+        """Checks that the kernel equals the reference, and with alpha 1 vLLM's own kernel."""
         tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
         for alpha in (0.01, 1.0):
             plan = self.plan(heads, alpha)
@@ -142,7 +142,7 @@ class Bench:
 
 
 def alternate(seconds: float, layers: int, *functions: Callable[[int], object]) -> list[float]:
-    """Median seconds of each, run in turns, so that noise of the machine falls on all alike."""
+    """Median seconds of each function; they take turns, so that noise falls on all alike."""
     times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     for i in itertools.count():

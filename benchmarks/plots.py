@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_pasta.profiling.plots import pyplot
+from vllm_pasta.profiling.report.plots import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +25,7 @@ def subtitle(result: dict[str, Any]) -> str:
 
 
 def draw_sweeps(sweeps: dict[str, list[dict[str, Any]]], note: str) -> None:
-    """Throughput with emphasis as a share of plain vLLM's, against each size."""
+    """Draws the throughput with emphasis as a share of plain vLLM's, against each size."""
     plt = pyplot()
 
     figure, axes = plt.subplots(1, len(sweeps), figsize=(3.2 * len(sweeps), 3.2), sharey=True)
@@ -42,12 +42,15 @@ def draw_sweeps(sweeps: dict[str, list[dict[str, Any]]], note: str) -> None:
 
 
 def draw_reference(result: dict[str, Any], note: str) -> None:
-    """Output tokens per second against the reference implementation."""
+    """Draws the output tokens per second of vllm-pasta and of the reference implementation."""
     plt = pyplot()
 
     rows = list(result["reference"].values())
     figure, axis = plt.subplots(figsize=(6, 3))
-    for shift, key, label in ((-0.2, "reference", "transformers, eager"), (0.2, "pasta", "ours")):
+    for shift, key, label in (
+        (-0.2, "reference", "transformers, eager"),
+        (0.2, "pasta", "vllm-pasta"),
+    ):
         bars = axis.barh(
             [i + shift for i in range(len(rows))], [r[key] for r in rows], 0.38, label=label
         )

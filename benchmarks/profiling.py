@@ -1,9 +1,9 @@
-"""Profiling a generated task against the reference's way, on the same heads and examples.
+"""Times the profiling of a generated task against the reference, on the same heads and examples.
 
-The reference steers one head at a time: for each head, all examples as one batch on transformers
-with eager attention, until the longest answer is done. Ours asks for all heads in one engine run.
-Both generate greedily; times are without loading the model. First it is checked that both see the
-same prompts: in fp32 their answers agree (`--dtype float32`), in bf16 most first tokens do.
+The reference steers one head at a time: for each head, all examples are one batch on transformers
+with eager attention, until the longest answer is done. vllm-pasta asks for all heads in one engine
+run. Both generate greedily; times do not include loading the model. The share of equal answers
+shows that both see the same prompts: in fp32 (`--dtype float32`) all agree, in bf16 most do.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from vllm_pasta.tasks import load, sample
 
 
 def trials(options: argparse.Namespace, heads: list[Head]) -> dict[Head, list[Trial]]:
-    """What is asked about each head. Neighbours in the engine are one example's."""
+    """The questions about each head, in the order of the examples."""
     task = load(options.task)
     examples = sample(task, "train", options.examples).examples
     methods: dict[Head, Method] = {head: steer(str(head), [head], 0.01) for head in heads}
@@ -41,7 +41,7 @@ def trials(options: argparse.Namespace, heads: list[Head]) -> dict[Head, list[Tr
 
 
 def ours(options: argparse.Namespace, of: dict[Head, list[Trial]]) -> tuple[float, list[str]]:
-    """Seconds, and answers to the first head's trials."""
+    """Asks vllm-pasta: the seconds for all trials, and the answers to the first head's."""
 
     @contextmanager
     def session() -> Iterator[TextIO]:
@@ -64,7 +64,7 @@ def ours(options: argparse.Namespace, of: dict[Head, list[Trial]]) -> tuple[floa
 
 
 def reference(options: argparse.Namespace, of: dict[Head, list[Trial]]) -> tuple[float, list[str]]:
-    """The same on transformers."""
+    """Asks transformers: as `ours`."""
     from transformers import AutoTokenizer
 
     from benchmarks.reference import Reference
@@ -101,8 +101,13 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--task", default="json", help="(%(default)s)")
     parser.add_argument("--examples", type=int, default=100, help="(%(default)s)")
-    parser.add_argument("--heads", type=int, default=12, help="of ours, timed (%(default)s)")
-    parser.add_argument("--reference-heads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--heads", type=int, default=12, help="timed by vllm-pasta (%(default)s)")
+    parser.add_argument(
+        "--reference-heads",
+        type=int,
+        default=2,
+        help="heads to time the reference with (%(default)s)",
+    )
     parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU without AVX-512")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ _padding: torch.Tensor  # bool [batch, prompt length]: True where there is no to
 
 
 def _bias_of(module: Any, query: torch.Tensor, keys: int) -> torch.Tensor:
-    """``[batch, heads, rows, keys]``: the bias, and -1e9 where a row must not look."""
+    """``[batch, heads, rows, keys]``: the bias, and -1e9 for keys that a row must not see."""
     batch, heads, rows = query.shape[:3]
     bias = torch.zeros(batch, heads, rows, keys, dtype=query.dtype, device=query.device)
     prompt = _padding.shape[1]
@@ -46,7 +46,7 @@ def _xformers_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: Any, scaling: float, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """The same by xformers, which needs a GPU and never holds the weights."""
+    """The same by xformers, which needs a GPU and never stores the attention weights."""
     from xformers.ops import memory_efficient_attention
 
     group = query.shape[1] // key.shape[1]
@@ -61,7 +61,7 @@ AttentionInterface.register("pasta_xformers", _xformers_attention)
 
 
 class Reference:
-    """A model on transformers, on a GPU where there is one; else threads as many as torch has.
+    """A model on transformers, on a GPU if there is one, else with as many threads as torch has.
 
     Args:
         model: Folder or name.

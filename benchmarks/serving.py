@@ -1,4 +1,4 @@
-"""Online serving with emphasis against plain vLLM: vLLM's own load generator on real servers.
+"""Times online serving with emphasis against plain vLLM, by vLLM's own load generator.
 
 Two servers run side by side, one of them stopped (SIGSTOP) while the other is loaded: stock vLLM
 with the plugin switched off, and the same with it on and every request emphasised. Figures are
@@ -28,7 +28,7 @@ VLLM = str(Path(sys.executable).parent / "vllm")
 
 
 class Server(Contestant):
-    """``vllm serve``."""
+    """A server: ``vllm serve``."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         with socket.socket() as s:
@@ -45,7 +45,7 @@ class Server(Contestant):
         self.pause()
 
     def load(self, options: argparse.Namespace, rate: float, seed: int) -> dict[str, float]:
-        """One run of ``vllm bench serve``."""
+        """Runs ``vllm bench serve`` once; returns its figures."""
         body = {"vllm_xargs": {"emphasis": json.dumps(EMPHASIS)}} if self.name == "pasta" else {}
         with tempfile.TemporaryDirectory() as folder, self.turn():
             result = subprocess.run(
@@ -82,7 +82,7 @@ class Server(Contestant):
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every rate on both servers, alternating."""
+    """Runs every rate on both servers, alternating; returns a row for each rate."""
     servers: list[Server] = []
     try:
         for name in ("vllm", "pasta"):

@@ -1,8 +1,8 @@
-"""Offline throughput with emphasis against plain vLLM: alternated runs, medians, ratios.
+"""Times offline throughput with emphasis against plain vLLM: alternating runs, medians, ratios.
 
 Two engines run side by side, one of them stopped (SIGSTOP) while the other is timed: stock vLLM
-with the plugin switched off, and the same with it on. First it is checked that plain requests get
-the same tokens on both. Needs only the model; see --help. On a GPU, any model of the hub:
+with the plugin switched off, and the same with it on. The program first checks that plain requests
+get the same tokens on both. It needs only a model; see --help. On a GPU, take any model of the hub:
 ``--model Qwen/Qwen3-8B --workloads plain steered seka``.
 """
 
@@ -26,11 +26,11 @@ from benchmarks.workloads import REFERENCE, SWEEPS, WORKLOADS, Model, Workload
 from vllm_pasta.profiling.engine import FP32_NOTICE, cpu_dtype
 
 MEMORY_UTILIZATION = 0.42 if torch.cuda.is_available() else 0.05
-"""Of the device, for each of two engines."""
+"""Share of the device's memory for each of the two engines."""
 
 
 class Engine(Contestant):
-    """One that answers `throughput_engine`'s questions."""
+    """A process that runs `throughput_engine`."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         super().__init__(
@@ -61,7 +61,7 @@ class Engine(Contestant):
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All chosen workloads on both engines."""
+    """Runs all chosen workloads on both engines; returns the results."""
     engines, model = [], Model.of(options.model)
     try:
         for name in ("vllm", "pasta"):
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_equal(model: Model, plain: Engine, pasta: Engine) -> None:
-    """Plain requests get the same tokens on both; steered ones get others."""
+    """Checks that plain requests get the same tokens on both engines, and steered ones others."""
     short = Workload("check", 0, requests=8, prompt_tokens=256, output_tokens=32, steered=0)
     answers = [engine.ask(batch=short.batch(0, model)) for engine in (plain, pasta)]
     if answers[0]["tokens"] != answers[1]["tokens"]:
@@ -107,7 +107,7 @@ def check_equal(model: Model, plain: Engine, pasta: Engine) -> None:
 def compare(
     workload: Workload, model: Model, plain: Engine, pasta: Engine, runs: int
 ) -> dict[str, Any]:
-    """Times both, alternating. Plain vLLM gets the same prompts without emphasis."""
+    """Times both engines, alternating; plain vLLM gets the same prompts without emphasis."""
     figures: dict[str, list[float]] = {"vllm": [], "pasta": []}
     memory = {}
     for i in range(runs + 1):  # the first run warms up
@@ -142,7 +142,7 @@ def compare(
 
 
 def compare_reference(model: Model, pasta: Engine, options: argparse.Namespace) -> dict[str, Any]:
-    """Times transformers on the same prompts, once, warmed up, against us."""
+    """Times transformers on the same prompts, once after a warm-up, against vllm-pasta."""
     from benchmarks.reference import Reference
 
     reference = Reference(options.model, options.dtype, options.reference)
@@ -159,7 +159,7 @@ def compare_reference(model: Model, pasta: Engine, options: argparse.Namespace) 
             "what": workload.what, "reference": round(theirs, 2), "pasta": round(ours, 2),
             "ratio": round(ours / theirs, 2), "target": workload.target,
         }  # fmt: skip
-        say(f"{workload.what}: reference {theirs:.1f}, ours {ours:.1f} output tok/s")
+        say(f"{workload.what}: reference {theirs:.1f}, vllm-pasta {ours:.1f} output tok/s")
     return rows
 
 
@@ -193,7 +193,7 @@ def hardware() -> dict[str, str]:
 
 
 def describe(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader of the results needs to know of the run."""
+    """The conditions of a run, for its readers: command, date, hardware, versions, model."""
     return {
         "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),

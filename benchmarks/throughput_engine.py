@@ -1,4 +1,4 @@
-"""One engine of the throughput benchmark: reads batches as JSON lines, answers with timings."""
+"""One engine of the throughput benchmark: it reads batches as JSON lines and answers with times."""
 
 import json
 import os

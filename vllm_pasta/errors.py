@@ -2,10 +2,10 @@
 
 PastaError
 ├── EmphasisError     (ValueError)    a request's emphasis cannot be honoured: HTTP 400
-├── HeadSetError      (ValueError)    a head set or its file is malformed or does not fit
+├── HeadSetError      (ValueError)    a head set or its file is malformed, or does not fit the model
 ├── ConfigError       (ValueError)    the engine's "pasta" configuration is malformed
 ├── UnsupportedError  (RuntimeError)  this engine cannot steer
-└── KernelError       (RuntimeError)  the C++ kernel cannot be built or loaded here
+└── KernelError       (RuntimeError)  the C++ kernel cannot be built or loaded on this machine
 """
 
 from typing import Any
@@ -38,15 +38,15 @@ class ConfigError(PastaError, ValueError):
 
 
 class UnsupportedError(PastaError, RuntimeError):
-    """The engine runs in a way in which emphasis cannot be honoured."""
+    """The engine is configured such that emphasis cannot be honoured."""
 
 
 class KernelError(PastaError, RuntimeError):
-    """The C++ kernel cannot be built or loaded here."""
+    """The C++ kernel cannot be built or loaded on this machine."""
 
 
 def show(value: Any) -> str:
-    """What came, for a message: its repr, shortened."""
+    """Shortened ``repr`` of a rejected value, for error messages."""
     try:
         text = repr(value)
     except RecursionError:

@@ -186,9 +186,8 @@ def test_environment_that_cannot_steer(variable, reason, tiny, monkeypatch):
 
 
 MODELS = {
-    "the model is multimodal": ("paligemma", "PaliGemmaForConditionalGeneration"),
     "MLA attention": ("deepseek_v2", "DeepseekV2ForCausalLM"),
-    "layers without attention": ("mamba", "MambaForCausalLM"),
+    "no attention heads to steer": ("mamba", "MambaForCausalLM"),
     "an encoder-decoder": ("whisper", "WhisperForConditionalGeneration"),
     "runner is pooling": ("bert", "BertModel"),
 }

@@ -12,9 +12,9 @@ from vllm_pasta import HeadSet, cli
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling import asker as asker_module
 from vllm_pasta.profiling import methods
-from vllm_pasta.profiling.gradients import GradientModel
 from vllm_pasta.profiling.prompts import Prompter, demonstrations
-from vllm_pasta.profiling.ranking import Ranker
+from vllm_pasta.profiling.search.gradients import GradientModel
+from vllm_pasta.profiling.search.ranking import Ranker
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Answer, Probe, load, sample
 from vllm_pasta.verify.oracle import Oracle, Steering
@@ -323,7 +323,7 @@ def test_gradient_search(command, monkeypatch):
     arguments = ("--examples", "2", "--search", "gradient", "--top-k")
     command("profile", *arguments, "2")
     with monkeypatch.context() as patch:
-        patch.delattr("vllm_pasta.profiling.gradients.GradientModel")  # estimates are kept
+        patch.delattr("vllm_pasta.profiling.search.gradients.GradientModel")  # estimates are kept
         command("profile", *arguments, "3")
     ranking = HeadSet.load("heads.json").provenance["profiles"]["counterfact"]
     assert len(ranking["estimates"]) == len(ranking["ranking"]) == 16

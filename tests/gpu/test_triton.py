@@ -251,18 +251,19 @@ STEPS = {"mixed": MIXED, "decode": DECODE}
         {},
         {"nhd": True, "padding": 3},
         {"block_size": 128},
-        {"block_size": 32, "head_size": 128},
         {"head_size": 80},
         {"head_size": 256, "num_kv_heads": 1},
         {"num_kv_heads": 4},
-        {"num_heads": 40, "num_kv_heads": 5},
         {"num_heads": 6},
         {"window": 24},
         {"window": 5, "sinks": True},
         {"soft_cap": 2.0},
-        {"alibi": True, "nhd": True},
         {"sinks": True},
         {"window": 40, "soft_cap": 5.0, "alibi": True},
+        # Sizes that meet no other branch, and features that are above one by one.
+        pytest.param({"block_size": 32, "head_size": 128}, marks=pytest.mark.slow),
+        pytest.param({"num_heads": 40, "num_kv_heads": 5}, marks=pytest.mark.slow),
+        pytest.param({"alibi": True, "nhd": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -511,6 +512,7 @@ def test_sanitizer(tool):
         [
             *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
             *(sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_dense or fp8"),
+            *("-m", ""),  # slow ones, too
         ],
         capture_output=True,
         text=True,

@@ -20,11 +20,12 @@ from vllm_pasta.verify.requests import mixed
 from vllm_pasta.verify.run import Machine, configurations
 
 ON_CPU = os.environ.get("VLLM_PASTA_GPU_TESTS") == "cpu"
-WORKERS = 1 if ON_CPU else 4
+WORKERS = 1 if ON_CPU else 6
 """Engines at once. Their models are tiny, and starting one is mostly the host's work."""
 
-INVALID = "is not valid for this configuration. Reason: "
-"""What vLLM says of a backend that cannot run a model on this GPU, with the plugin or without."""
+INVALID = "is not valid for this configuration. Reason: ['"
+"""What vLLM says of a backend that cannot run a model on this GPU, with the plugin or without. An
+error while the backend is imported reads otherwise (no quote), and is no reason to skip."""
 
 HEAD = {"head_dim": 64}  # FlashInfer has kernels for 64, 128 and 256
 MODELS = {
@@ -130,7 +131,10 @@ SCENARIOS = {
         TRITON, llm={"speculative_config": DRAFT},
         counted=("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"),
     ),
-    "FlashAttention, n-gram": replace(
+    "FlashAttention, V2, n-gram": replace(
+        FLASH, llm={"speculative_config": NGRAM}, counted=("vllm:spec_decode_num_draft_tokens",)
+    ),
+    "FlashAttention, V1, n-gram": replace(
         FLASH, runner="V1", llm={"speculative_config": NGRAM}, needs="numba", on_cpu=True,
         counted=("vllm:spec_decode_num_draft_tokens",),
     ),
@@ -215,6 +219,8 @@ def run(name, model, folder):
             **llm["compilation_config"], "cudagraph_mode": scenario.graphs
         }  # fmt: skip
         environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(scenario.runner == "V2"))
+        # Of its own, so that no two engines compile into one folder at once.
+        environment["VLLM_CACHE_ROOT"] = str(folder / f"cache of {name}")
     if "speculative_config" in llm and "draft" in llm["speculative_config"]["method"]:
         llm["speculative_config"] = {**llm["speculative_config"], "model": str(model)}
     merged = []

@@ -8,6 +8,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -40,8 +41,29 @@ ATTENTION_KINDS = {  # model type -> what makes it unlike a Llama of two layers
 }  # fmt: skip
 
 
-def tiny_model(folder, model_type, **options):
-    """Saves a random model of 4 layers, one of ATTENTION_KINDS."""
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+_GATED_DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+}  # fmt: skip
+HYBRIDS = {  # model type -> recurrences beside attention, and which layers have heads
+    "granitemoehybrid": {**_MAMBA2, "num_local_experts": 0, "num_experts_per_tok": 0,
+                         "shared_intermediate_size": 128, "layer_types": ["mamba", "attention"] * 2,
+                         "mamba_expand": 2, "position_embedding_type": "rope",
+                         "attention_multiplier": 0.17},
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_expand": 1},
+    "nemotron_h": {"hybrid_override_pattern": "M*-*", "mamba_num_heads": 8, "mamba_head_dim": 32,
+                   "ssm_state_size": 16, "n_groups": 1, "attention_head_dim": 32,
+                   "time_step_min": 1e-6},  # transformers clamps time steps to it, vLLM does not
+    "qwen3_next": {**_GATED_DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+                   "partial_rotary_factor": 0.5},  # vLLM's CPU kernel takes bf16 alone
+}  # fmt: skip
+
+
+def tiny_model(folder, model_type, dtype=torch.float32, **options):
+    """Saves a random model of 4 layers, one of ATTENTION_KINDS or HYBRIDS."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type,
@@ -56,7 +78,7 @@ def tiny_model(folder, model_type, **options):
             "max_position_embeddings": 2048,
             "initializer_range": 0.15,
             "tie_word_embeddings": False,
-            **ATTENTION_KINDS[model_type],
+            **(ATTENTION_KINDS | HYBRIDS)[model_type],
             **options,
         },
     )
@@ -67,7 +89,49 @@ def tiny_model(folder, model_type, **options):
         if config.tie_word_embeddings and name in ("model.norm.weight", "transformer.ln_f.weight"):
             # Else the last token is repeated for ever. Gemma adds 1.
             torch.nn.init.normal_(parameter, -1.0 if model_type == "gemma2" else 0.0)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "image_size": 56, "patch_size": 14}  # fmt: skip
+MULTIMODAL = {  # model type -> its language model's options, and the rest
+    "qwen2_5_vl": (
+        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]}},
+        {"vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                           "out_hidden_size": 128, "fullatt_block_indexes": [1]},
+         "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7,
+         "vision_end_token_id": 8},
+    ),
+    "gemma3": (  # its image tokens attend both ways
+        {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 32},
+        {"vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 5,
+         "boi_token_index": 7, "eoi_token_index": 8},
+    ),
+    "mistral3": (
+        {"model_type": "mistral"},
+        {"vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 32},
+         "image_token_index": 5},
+    ),
+}  # fmt: skip
+
+
+def tiny_multimodal(folder, model_type):
+    """Saves a random model of MULTIMODAL: 4 layers of language model, a tiny vision tower."""
+    torch.manual_seed(0)
+    text, others = MULTIMODAL[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={
+            "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "max_position_embeddings": 2048, "initializer_range": 0.15,
+            "tie_word_embeddings": False, **text,
+        },
+        tie_word_embeddings=False,
+        **others,
+    )  # fmt: skip
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

@@ -86,10 +86,10 @@ def test_fp32_where_bf16_is_slow(monkeypatch, caplog):
     assert engine.engine_options({}, eager=True)["dtype"] == "float32"
     assert [record.message for record in caplog.records] == [engine.FP32_NOTICE]
     assert engine.engine_options({"dtype": "bfloat16"}, eager=True)["dtype"] == "bfloat16"
-    monkeypatch.setattr(engine.platform, "machine", lambda: "aarch64")
-    assert engine.cpu_dtype() is None
-    monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engine.cpu_dtype() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine.platform, "machine", lambda: "aarch64")
     assert engine.cpu_dtype() is None
 
 

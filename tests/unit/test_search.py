@@ -5,8 +5,8 @@ import random
 import pytest
 
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import search, selection, sizes
 from vllm_pasta.profiling.estimates import Estimate, overlap, rank_correlation
+from vllm_pasta.profiling.search import selection, sizes, strategies
 
 HEADS = [(layer, head) for layer in range(30) for head in range(9)]
 EXAMPLES = 100
@@ -37,7 +37,7 @@ def order(ranking):
 
 def test_full():
     scores = Scores()
-    ranking = search.full(HEADS, 5, scores)
+    ranking = strategies.full(HEADS, 5, scores)
     assert order(ranking) == scores.best(len(HEADS))
     assert len(set(scores.asked)) == len(scores.asked) == len(HEADS) * 5
     # One example's requests are neighbours: they share their prompt's cached prefix.
@@ -45,21 +45,21 @@ def test_full():
 
 
 def test_equal_scores_keep_the_models_order():
-    assert order(search.full(HEADS, 1, lambda pairs: [0.5] * len(pairs))) == HEADS
+    assert order(strategies.full(HEADS, 1, lambda pairs: [0.5] * len(pairs))) == HEADS
 
 
 def test_halving():
     """The exact ranking of those left where there is no noise, nearly the best where there is."""
     scores = Scores()
-    ranking = search.halving(HEADS, EXAMPLES, scores)
+    ranking = strategies.halving(HEADS, EXAMPLES, scores)
     assert order(ranking) == scores.best(len(HEADS))
-    assert len(scores.asked) == len(set(scores.asked)) <= len(HEADS) * EXAMPLES / search.SAVING
+    assert len(scores.asked) == len(set(scores.asked)) <= len(HEADS) * EXAMPLES / strategies.SAVING
     assert [ranked.examples for ranked in ranking] == sorted(
         (ranked.examples for ranked in ranking), reverse=True
     )
-    assert len({ranked.examples for ranked in ranking}) == search.ROUNDS
+    assert len({ranked.examples for ranked in ranking}) == strategies.ROUNDS
     noisy = Scores(noise=0.3)
-    found = order(search.halving(HEADS, EXAMPLES, noisy))
+    found = order(strategies.halving(HEADS, EXAMPLES, noisy))
     assert sorted(found) == HEADS
     assert overlap(found, noisy.best(30), 30) >= 0.7
 
@@ -68,7 +68,7 @@ def test_halving():
 def test_halving_of_few_examples(examples):
     """Never an example that is not there."""
     scores = Scores()
-    assert sorted(order(search.halving(HEADS, examples, scores))) == HEADS
+    assert sorted(order(strategies.halving(HEADS, examples, scores))) == HEADS
     assert {example for _, example in scores.asked} <= set(range(examples))
 
 
@@ -76,9 +76,9 @@ def test_gradient():
     """Heads that the estimate puts first are ranked by what they really score."""
     scores = Scores()
     estimates = {head: worth + 0.02 * head[1] for head, worth in scores.worth.items()}
-    ranking = search.gradient(HEADS, EXAMPLES, scores, estimates)
+    ranking = strategies.gradient(HEADS, EXAMPLES, scores, estimates)
     verified = [ranked for ranked in ranking if ranked.score is not None]
-    assert len(scores.asked) <= len(HEADS) * EXAMPLES / search.SAVING
+    assert len(scores.asked) <= len(HEADS) * EXAMPLES / strategies.SAVING
     assert order(verified) == sorted(order(verified), key=lambda head: -scores.worth[head])
     assert order(verified) != sorted(order(verified), key=lambda head: -estimates[head])
     rest = ranking[len(verified) :]

@@ -1,4 +1,4 @@
-"""``vllm-pasta eval``: tasks × methods on one engine."""
+"""``vllm-pasta eval``: evaluates tasks × methods on one engine."""
 
 import argparse
 import json
@@ -9,11 +9,12 @@ from typing import Any
 from vllm_pasta import tasks
 from vllm_pasta.cli import options, smollm2, terminal
 from vllm_pasta.cli.session import check_plugin, engine_session
-from vllm_pasta.profiling import methods, plots, tables
+from vllm_pasta.profiling import methods
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.engine import describe, engine_options, every_head
 from vllm_pasta.profiling.evaluation import Row, evaluate
 from vllm_pasta.profiling.prompts import demonstrations
+from vllm_pasta.profiling.report import plots, tables
 from vllm_pasta.profiling.store import Store
 from vllm_pasta.tasks import sample
 

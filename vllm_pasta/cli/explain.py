@@ -1,4 +1,4 @@
-"""``vllm-pasta explain``: what a request would emphasise, without running a model."""
+"""``vllm-pasta explain``: shows what a request would emphasise, without running a model."""
 
 import argparse
 import json

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vllm_pasta import __version__
-from vllm_pasta.cli import demo, eval, explain, profile, verify
+from vllm_pasta.cli import eval, explain, profile, verify
+from vllm_pasta.cli.demo import command as demo
 from vllm_pasta.errors import PastaError
 
 

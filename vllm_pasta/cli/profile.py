@@ -9,12 +9,13 @@ from vllm_pasta import tasks
 from vllm_pasta.cli import options, smollm2
 from vllm_pasta.cli.session import check_plugin, engine_session
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import report, search, sizes
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.engine import describe, engine_options, every_head
 from vllm_pasta.profiling.methods import head_set
-from vllm_pasta.profiling.ranking import Ranker, rankings
-from vllm_pasta.profiling.selection import check_not_empty, select
+from vllm_pasta.profiling.report import markdown
+from vllm_pasta.profiling.search import sizes, strategies
+from vllm_pasta.profiling.search.ranking import Ranker, rankings
+from vllm_pasta.profiling.search.selection import check_not_empty, select
 from vllm_pasta.profiling.store import Store
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.tasks import sample
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", choices=("full", "halving", "gradient"), default="full",
         help=f"full asks about every head on every example; the others make at most "
-        f"1/{search.SAVING} of its requests (%(default)s)",
+        f"1/{strategies.SAVING} of its requests (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--likelihood", action="store_true",
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         "gradient_seconds": round(sum(p.gradient_seconds for p in profiles), 1),
         "seed": args.seed,
         "split": "train",
-        "profiles": {profile.task.name: report.to_json(profile) for profile in profiles},
+        "profiles": {profile.task.name: markdown.to_json(profile) for profile in profiles},
         "held_out": {str(size): sizes.summary(rows) for size, rows in held_out.items()},
     }
     for name, found in sets.items():
@@ -123,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
     compared = ""
     if args.compare:
         with options.named("--compare"):
-            compared = report.compare(profiles, HeadSet.load(args.compare), k)
-    print(report.write(args.out, info, profiles, sets, held_out, compared))
+            compared = markdown.compare(profiles, HeadSet.load(args.compare), k)
+    print(markdown.write(args.out, info, profiles, sets, held_out, compared))
     return 0
 
 

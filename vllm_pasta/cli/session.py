@@ -1,4 +1,4 @@
-"""What every command that starts vLLM does around it: environment, log file, errors."""
+"""Surroundings of vLLM in a command: environment variables, log file, errors."""
 
 import os
 import sys
@@ -15,25 +15,25 @@ LOG_TAIL_LINES = 20
 
 
 def check_plugin() -> None:
-    """Checks that vLLM will load our plugin.
+    """Checks that vLLM will load the plugin.
 
     Raises:
-        PastaError: ``VLLM_PLUGINS`` leaves it out.
+        PastaError: ``VLLM_PLUGINS`` does not name it.
     """
     chosen = os.environ.get("VLLM_PLUGINS")
     if chosen is not None and "pasta" not in chosen.split(","):
-        raise PastaError(f"VLLM_PLUGINS={chosen} leaves our plugin out: unset it, or add pasta")
+        raise PastaError(f"VLLM_PLUGINS={chosen} leaves the plugin out: unset it, or add pasta")
 
 
 @contextmanager
 def engine_session(name: str) -> Iterator[TextIO]:
-    """Sends vLLM's output to a log in the cache folder; gives the terminal, for progress.
+    """Sends vLLM's output to a log in the cache folder; gives a stream for progress messages.
 
     Args:
-        name: The command's, and so the log's.
+        name: The command's name, after which the log is called.
 
     Raises:
-        PastaError: vLLM is not there, or fails; with the end of its log.
+        PastaError: vLLM is not installed, or it fails; the message ends with the end of its log.
     """
     check_plugin()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the prompts are short
@@ -44,7 +44,7 @@ def engine_session(name: str) -> Iterator[TextIO]:
         try:
             yield terminal
         except ModuleNotFoundError as e:
-            hint = "install vllm-pasta[cpu], or vllm-pasta[cuda] where there is a GPU"
+            hint = "install vllm-pasta[cpu], or vllm-pasta[cuda] on a machine with a GPU"
             raise PastaError(f"{e}; {hint}") from e
         except PastaError:
             raise

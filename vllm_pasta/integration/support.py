@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from vllm import envs
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.request.heads import ranges
+from vllm_pasta.request.shape import ModelShape, attention_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 LAYOUTS = ("vec", "vec16", "amx")
 """KV cache layouts that the CPU kernels read."""
@@ -63,11 +69,8 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         ),
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
-        "the model has layers without attention": model.is_hybrid
-        or model.is_attention_free
-        or model.has_inner_state,
+        "the model has no attention heads to steer": model.is_attention_free,
         "the model is an encoder-decoder": model.is_encoder_decoder,
-        "the model is multimodal": model.is_multimodal_model,
         "the model is a diffusion model": model.is_diffusion,
         **(_gpu_reasons(vllm_config) if is_gpu() else _cpu_reasons(vllm_config)),
     }
@@ -133,11 +136,16 @@ def check_layers(vllm_config: "VllmConfig") -> None:
     Raises:
         UnsupportedError: lists the layers that have another.
     """
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    layers = {
+        name: layer
+        for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items()
+        # vLLM counts the layers of recurrences among those of attention: they too keep a state.
+        if not is_draft(name) and not isinstance(layer, MambaBase)
+    }
     others = {
         name: type(getattr(layer, "impl", layer)).__name__
         for name, layer in layers.items()
-        if not is_draft(name) and not getattr(getattr(layer, "impl", None), "may_steer", False)
+        if not getattr(getattr(layer, "impl", None), "may_steer", False)
     }
     _refuse(
         [
@@ -146,6 +154,48 @@ def check_layers(vllm_config: "VllmConfig") -> None:
             for name, kind in others.items()
         ]
     )
+    shape = shape_of(vllm_config)
+    start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    expected = {layer for layer in shape.attention_layers if start <= layer < end}
+    found = {layer_index(name) for name in layers}
+    if found != expected:
+        _refuse(
+            [
+                f"the model has attention heads in layers {ranges(found)}, and its configuration "
+                f"says {ranges(expected)}, so a head set could not be checked"
+            ]
+        )
+    if len(shape.attention_layers) < shape.num_layers:
+        logger.info_once(
+            "Emphasis: %d of the model's %d layers have attention heads (%s); the others are not "
+            "steered.",
+            len(shape.attention_layers),
+            shape.num_layers,
+            ranges(shape.attention_layers),
+        )
+
+
+def layer_index(name: str) -> int:
+    """The index of a layer in the model, which vLLM keeps in the layer's name.
+
+    Raises:
+        UnsupportedError: the name holds several numbers, or none.
+    """
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    if len(numbers) != 1:
+        _refuse([f"layer {name} does not say which layer of the model it is, by one number"])
+    return int(numbers[0])
+
+
+def shape_of(vllm_config: "VllmConfig") -> ModelShape:
+    """The layers and heads of an engine's model, by its configuration."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_layers = model.get_total_num_hidden_layers()
+    layers = tuple(range(num_layers))
+    if model.is_hybrid or model.has_noops:
+        layers = attention_layers(model.hf_text_config, num_layers)
+    num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
+    return ModelShape(num_layers, num_heads, layers)
 
 
 def check_layer(name: str, layer: Attention, num_heads: int) -> None:

@@ -10,22 +10,18 @@ from typing import Any
 
 from vllm_pasta import __version__
 from vllm_pasta.profiling.methods import Head
+from vllm_pasta.request.shape import attention_layers
 
 logger = logging.getLogger(__name__)
 
 
-def num_heads(model: str) -> tuple[int, int]:
-    """Number of layers, and of query heads in each, by the model's configuration."""
+def every_head(model: str) -> list[Head]:
+    """All heads of a model by its configuration, in order; layers without attention have none."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
-    return config.num_hidden_layers, config.num_attention_heads
-
-
-def every_head(model: str) -> list[Head]:
-    """All heads of a model, in order."""
-    layers, heads = num_heads(model)
-    return [(layer, head) for layer in range(layers) for head in range(heads)]
+    layers = attention_layers(config, config.num_hidden_layers)
+    return [(layer, head) for layer in layers for head in range(config.num_attention_heads)]
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Tasks × methods: what is asked, and the scores that come of it."""
+"""Asks the probes of a task in different ways, and scores the answers."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +14,14 @@ from vllm_pasta.tasks import Answer, Example, Probe, Task
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one task: estimates of the task's metrics, and the mean of its judged ones."""
+    """The scores of one method on one task.
+
+    Attributes:
+        task: The task's name.
+        method: The method.
+        metrics: Each metric's estimate.
+        score: The mean of the metrics that the task is judged by, 0 to 1.
+    """
 
     task: str
     method: Method
@@ -33,11 +40,11 @@ def evaluate(
 
     Args:
         asker: Asks the model.
-        task: What to ask.
-        examples: About what.
-        methods: How.
-        generations: For how many examples to generate where a task is judged without generation;
-            None means all.
+        task: The task.
+        examples: The examples.
+        methods: The methods.
+        generations: For a task that is judged without generated answers: the number of examples
+            for which answers are generated all the same. None means all.
     """
     wanted = [
         (example, probe)

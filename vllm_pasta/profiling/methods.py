@@ -129,7 +129,7 @@ def load_heads(text: str, every: Sequence[Head]) -> HeadSet:
         heads = head_sets.find(text)
     except HeadSetError as e:
         raise PastaError(f"method {text!r}: expected {KNOWN}; {e}") from e
-    heads.check(every[-1][0] + 1, every[-1][1] + 1)
+    heads.check(every[-1][0] + 1, every[-1][1] + 1, sorted({layer for layer, _ in every}))
     return heads
 
 

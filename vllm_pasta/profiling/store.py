@@ -1,4 +1,4 @@
-"""Answers kept as JSON Lines while they come, so that an interrupted run goes on where it was."""
+"""Keeps answers as JSON Lines as they come, so that an interrupted run can continue."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from vllm_pasta.tasks import Answer, Example, Probe
 
 @dataclass(frozen=True)
 class Trial:
-    """One probe of one example, asked in one way."""
+    """One probe of one example, asked by one method."""
 
     task: str
     example: Example
@@ -23,7 +23,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Changes with all that the answer depends on, but for the model: see `Store`."""
+        """Identifies all that the answer depends on but the model, which the `Store` names."""
         probe = self.probe
         asked = [probe.text, probe.emphasis, list(probe.choices)]
         length = "" if probe.choices else f"/{probe.max_tokens}"
@@ -37,25 +37,26 @@ class Trial:
 class Store:
     """A file of answers.
 
-    The first line says what all answers depend on (the model, versions); each other line is an
-    answer with its trial's key, and what people want to read beside it, or says how long the
-    answers before it took, or is a note: a value that was costly too.
+    The first line holds what all answers depend on (the model, versions). Every other line is an
+    answer with its trial's key and some context for readers, or the time that the answers before
+    it took, or a note: another value that was costly to compute.
 
     Attributes:
         notes: Notes by name; `note` adds one.
-        seconds: Time that all answers took, whenever they were given; engine starts not counted.
+        seconds: The time that all answers took, those of earlier runs included, without engine
+            starts.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], others: Iterable[Path] = ()) -> None:
-        """Opens or begins a file.
+        """Opens a file, or begins it with the first answer.
 
         Args:
             path: The file.
-            run: What all answers depend on.
-            others: Files of the same run's other shards, to be read too.
+            run: Everything that all answers depend on, as JSON values.
+            others: Files of the same run's other shards, which are read too.
 
         Raises:
-            PastaError: a file is another run's, or damaged.
+            PastaError: a file is damaged, or it belongs to a run with another model or version.
         """
         self._path = path
         self._run = dict(run)
@@ -76,7 +77,7 @@ class Store:
         return len(self._answers)
 
     def add(self, answered: Iterable[tuple[Trial, Answer]], seconds: float = 0.0) -> None:
-        """Appends answers to the file, and the time they took; what is written stays."""
+        """Appends answers and the time they took, in seconds; an interruption cannot undo it."""
         self.seconds += seconds
         with self._appending() as file:
             for trial, answer in answered:
@@ -97,7 +98,7 @@ class Store:
             file.write(json.dumps({"seconds": round(seconds, 3)}) + "\n")
 
     def note(self, name: str, value: Any) -> None:
-        """Keeps a JSON value."""
+        """Keeps a JSON value under a name."""
         self.notes[name] = value
         with self._appending() as file:
             file.write(json.dumps({"note": name, "value": value}) + "\n")

@@ -9,7 +9,7 @@ Layers and query heads are numbered over the whole model.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -89,11 +89,19 @@ class HeadSet:
         text = _dump({**self.provenance, "heads": self.to_json()})
         Path(path).write_text(text + "\n", encoding="utf-8")
 
-    def check(self, num_layers: int, num_heads: int) -> None:
+    def check(
+        self, num_layers: int, num_heads: int, attention_layers: Sequence[int] | None = None
+    ) -> None:
         """Checks that every head exists in a model.
 
+        Args:
+            num_layers: Layers of the model.
+            num_heads: Query heads of a layer.
+            attention_layers: Layers that have attention heads; None means all.
+
         Raises:
-            HeadSetError: names the head and the model's sizes.
+            HeadSetError: names the head and the model's sizes, or the layer that has no heads and
+                those that have.
         """
         for layer, heads in self.layers:
             if layer >= num_layers or heads[-1] >= num_heads:
@@ -101,6 +109,11 @@ class HeadSet:
                     f"layer {layer}, head {heads[-1]} is out of range: this model has "
                     f"{num_layers} layers (0 to {num_layers - 1}) of {num_heads} query heads "
                     f"(0 to {num_heads - 1})"
+                )
+            if attention_layers is not None and layer not in attention_layers:
+                raise HeadSetError(
+                    f"layer {layer} has no attention heads: it holds a recurrence, a convolution "
+                    f"or an MLP. Layers with attention heads: {ranges(attention_layers)}"
                 )
 
     def to_json(self) -> dict[str, list[int]]:
@@ -114,6 +127,17 @@ class HeadSet:
     @classmethod
     def from_wire(cls, wire: Sequence[Sequence[int]]) -> "HeadSet":
         return cls(tuple((layer, tuple(heads)) for layer, *heads in wire))
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Numbers for people, those that follow one another as a range: ``0-3, 7, 9-10``."""
+    groups: list[list[int]] = []
+    for index in sorted(indices):
+        if groups and index == groups[-1][1] + 1:
+            groups[-1][1] = index
+        else:
+            groups.append([index, index])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in groups) or "none"
 
 
 def find(name: str, known: Mapping[str, HeadSet] | None = None) -> HeadSet:

@@ -1,4 +1,4 @@
-"""Tasks to evaluate emphasis on and to find heads with: the paper's, and two more."""
+"""Tasks on which emphasis is evaluated and heads are ranked: the paper's four, and two more."""
 
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -10,7 +10,7 @@ from vllm_pasta.tasks.data import Sample, Split, sample
 __all__ = ["Answer", "Example", "Probe", "Sample", "Split", "Task", "load", "names", "sample"]
 
 GROUP = "vllm_pasta.tasks"
-"""Entry-point group of other packages' tasks: name -> subclass of `Task`."""
+"""Entry-point group in which other packages name their subclasses of `Task`."""
 
 BUILT_IN = {
     "counterfact": "counterfact:CounterFact",
@@ -23,15 +23,15 @@ BUILT_IN = {
 
 
 def names() -> list[str]:
-    """The names of all tasks, ours first."""
+    """The names of all tasks: the built-in ones first, then those of other packages."""
     return [*BUILT_IN, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(BUILT_IN))]
 
 
 def load(name: str) -> Task:
-    """The task of that name.
+    """Loads the task of that name.
 
     Raises:
-        PastaError: there is none; says which there are.
+        PastaError: there is no such task; the message lists those that there are.
     """
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name].split(":")

@@ -1,4 +1,4 @@
-"""What a task is: examples, what the model is asked about each, and how its answers are scored."""
+"""The interface of tasks: examples, the questions about each, and the scores of the answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,8 @@ class Example:
     """One case of a data set.
 
     Attributes:
-        key: What it is about; examples with the same key never stand in two splits.
-        fields: What the task needs to know, as plain JSON values.
+        key: Identifies what the example is about; equal keys always fall into the same split.
+        fields: The task's own data, as plain JSON values.
     """
 
     key: str
@@ -26,18 +26,18 @@ class Probe:
 
     Attributes:
         name: Unique among its example's probes.
-        before: The prompt up to what is emphasised.
-        emphasis: What is emphasised.
-        after: The rest.
-        target: The ideal answer: for few-shot demonstrations and for gradients.
-        foil: A wrong answer; may be empty. Of choices, the one that must be less likely than
-            ``target``, for gradients; else ``target`` is judged by those of its words that the foil
-            has not.
+        before: The prompt before the emphasised part.
+        emphasis: The emphasised part.
+        after: The prompt after the emphasised part.
+        target: The ideal answer, for few-shot demonstrations, likelihoods and gradients.
+        foil: A wrong answer; may be empty. With ``choices``, gradients take it as the choice that
+            must be less likely than ``target``; otherwise only the tokens of ``target`` that differ
+            from ``foil`` count towards its likelihood.
         choices: Answers to compare by the log-probability of each one's first token. Empty means
             that an answer is generated.
-        max_tokens: Longest generated answer.
+        max_tokens: The longest generated answer, in tokens.
         likelihood: Whether to ask for the log-probability of ``target`` instead of an answer.
-        chat: Whether the prompt goes into the chat template, where the model has one.
+        chat: Whether to put the prompt into the model's chat template, if it has one.
     """
 
     name: str
@@ -58,9 +58,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered to a probe: ``text``; or ``logprobs``, one per choice.
+    """The model's answer to a probe.
 
-    For a likelihood, the one of ``logprobs`` is the mean over the target's tokens that are judged.
+    Attributes:
+        text: The generated answer; empty for a probe with choices or of a likelihood.
+        logprobs: One log-probability for each choice. For a likelihood, a single value: the mean
+            over those tokens of the target that count.
     """
 
     text: str = ""
@@ -68,13 +71,13 @@ class Answer:
 
 
 class Task(ABC):
-    """A task. A new one is a subclass, named in the entry-point group ``vllm_pasta.tasks``.
+    """A task: a subclass that the entry-point group ``vllm_pasta.tasks`` names.
 
     Attributes:
-        name: What the command line calls it.
-        files: Names of the public data set's files; the first that is there is read.
-        columns: The metrics that tables show, with their meaning. Proportions are within 0 to 1.
-        judged: The columns whose mean is the task's score, as the paper averages.
+        name: The task's name on the command line.
+        files: File names of the public data set; the first file that exists is read.
+        columns: The metrics that tables show, each with its meaning. Proportions are from 0 to 1.
+        judged: The columns whose mean is the task's score, as in the paper.
         objective: The metric by which heads are ranked; higher is better.
     """
 
@@ -86,7 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[Example]:
-        """The examples of a public data set's file, in its own format.
+        """Reads the examples of a public data set from a file in that data set's own format.
 
         Raises:
             KeyError, TypeError, ValueError: the file has another format.
@@ -94,16 +97,21 @@ class Task(ABC):
 
     @abstractmethod
     def make(self) -> Iterator[Example]:
-        """Examples of our own making, always the same; finitely many."""
+        """Generates examples: finitely many, the same each time."""
 
     @abstractmethod
     def probes(self, example: Example) -> list[Probe]:
-        """All that is asked about an example."""
+        """All probes of an example."""
 
     def ranking_probes(self, example: Example) -> list[Probe]:
-        """The probes that the objective needs: as few and as cheap as can be."""
+        """The probes that the objective needs; ranking many heads is cheap if they are few."""
         return self.probes(example)
 
     @abstractmethod
     def score(self, example: Example, answers: Mapping[str, Answer]) -> dict[str, float]:
-        """Metrics of one example. A metric whose probes were not asked is left out."""
+        """The metrics of one example, without those whose probes have no answer.
+
+        Args:
+            example: The example.
+            answers: Probe name -> answer.
+        """

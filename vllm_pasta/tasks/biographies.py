@@ -16,13 +16,13 @@ from vllm_pasta.tasks.base import Answer, Example, Probe, Task
 from vllm_pasta.tasks.metrics import MIN_FLUENCY, consistency, contains_value, fluency, json_objects
 
 MAX_TOKENS = 128
-"""As in the reference implementation: an object that is begun late is still closed."""
+"""As in the reference implementation: a JSON object that begins late is still closed."""
 RANKING_TOKENS = 64
-"""What tells heads apart comes sooner, and they are many."""
+"""Shorter answers rank heads as well, and there are many heads to ask about."""
 
 
 class _Biographies(Task):
-    """Where the examples come from, and how much is generated."""
+    """The examples, and the length of answers, that all three tasks share."""
 
     files = biography_data.FILES
 
@@ -51,7 +51,7 @@ _OF_TEXT = {
 
 
 class JsonFormatting(_Biographies):
-    """Whether the answer is JSON, as the emphasised instruction says."""
+    """Checks that the answer is JSON, as the emphasised instruction says."""
 
     name = "json"
     columns: ClassVar = {
@@ -86,7 +86,7 @@ class JsonFormatting(_Biographies):
 
 
 class PronounChanging(_Biographies):
-    """Whether gendered pronouns are gone from a text, as the emphasised instruction says."""
+    """Checks that the answer has no gendered pronouns, as the emphasised instruction says."""
 
     name = "pronouns"
     columns: ClassVar = {
@@ -149,7 +149,7 @@ def _has_pronouns(example: Example) -> bool:
 
 
 class BiasBios(_Biographies):
-    """Whether the occupation is told from a biography, its first sentence emphasised."""
+    """Checks that the model names a person's occupation; the first sentence is emphasised."""
 
     name = "biasbios"
     columns: ClassVar = {"Acc": "of the 28 labels' first tokens, the right one is the most likely"}
@@ -174,7 +174,7 @@ class BiasBios(_Biographies):
     def score(self, example: Example, answers: Mapping[str, Answer]) -> dict[str, float]:
         of_label = dict(zip(biography_data.OCCUPATIONS, answers["label"].logprobs, strict=True))
         right = of_label.pop(example.fields["occupation"])
-        # Labels that begin with the same token cannot be told from one another.
+        # Labels that begin with the same token have the same score and do not compete.
         margin = right - max(value for value in of_label.values() if value != right)
         return {"Acc": float(margin > 0), "margin": margin}
 

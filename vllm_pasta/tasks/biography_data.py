@@ -1,4 +1,4 @@
-"""Short biographies with an occupation: BiasBios' release, a stand-in for it, and our own."""
+"""Short biographies with an occupation: from BiasBios' files, a stand-in for them, or generated."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from vllm_pasta.tasks.base import Example
 from vllm_pasta.tasks.data import records
 
 FILES = ("BIOS.pkl", "biasbios.jsonl", "wiki_bios.jsonl")
-"""BiasBios as its own script writes it, the same records as JSON Lines, and the stand-in."""
+"""The file that BiasBios' own script writes, the same records as JSON Lines, and the stand-in."""
 
 OCCUPATIONS = (
     "accountant", "architect", "attorney", "chiropractor", "comedian", "composer", "dentist",
@@ -24,14 +24,14 @@ OCCUPATIONS = (
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, tuples, strings and numbers, and nothing that could run code."""
+    """Reads lists, dicts, tuples, strings and numbers, and refuses whatever could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"expected plain data, got {module}.{name}")
 
 
 def read(path: Path) -> Iterator[Example]:
-    """The examples of one of `FILES`; biographies without an occupation are left out."""
+    """Reads the examples of one of `FILES`, except biographies without an occupation."""
     if path.suffix == ".pkl":
         with path.open("rb") as file:
             yield from map(_biasbios, _PlainUnpickler(file).load())
@@ -44,14 +44,14 @@ def read(path: Path) -> Iterator[Example]:
 
 
 def _biasbios(record: dict[str, Any]) -> Example:
-    """``raw`` text, ``name`` as (first, middle, last), ``title`` as in software_engineer."""
+    """From a record with ``raw`` text, a ``name`` of three parts, and an occupation ``title``."""
     name = " ".join(part for part in record["name"] if part)
     first, rest = _split(" ".join(record["raw"].split()))
     return biography(name, first, rest, record["title"].replace("_", " ").lower())
 
 
 def _wiki(record: dict[str, Any]) -> Example | None:
-    """A question with ``Bio: …``, and an answer with ``- name is …`` and ``- occupation is …``."""
+    """From a prompt with ``Bio:`` and a completion with ``- name is`` and ``- occupation is``."""
     name = re.search(r"- name is ([^\n<]+)", record["completion"])
     occupation = re.search(r"- occupation is ([^\n<,]+)", record["completion"])
     text = record["prompt"].partition("Bio:")[2]
@@ -83,7 +83,7 @@ def biography(name: str, first: str, rest: str, occupation: str) -> Example:
 
 
 def make() -> Iterator[Example]:
-    """960 people with made-up names, an occupation of BiasBios each, three sentences of rest."""
+    """Generates biographies of 960 invented people: a sentence with an occupation, three more."""
     text = (resources.files("vllm_pasta.tasks") / "cases" / "biographies.json").read_text(
         encoding="utf-8"
     )

@@ -16,11 +16,11 @@ from vllm_pasta.tasks.metrics import consistency, fluency
 
 PARAPHRASES = 2
 NEIGHBOURS = 2
-"""At most so many of an example's are asked."""
+"""The largest numbers of an example's paraphrases and neighbours that are asked."""
 
 
 class CounterFact(Task):
-    """Whether the model answers by the new fact, and by that alone."""
+    """Checks that the model answers by the new fact, and for this subject alone."""
 
     name = "counterfact"
     files = ("counterfact.jsonl", "counterfact.json")
@@ -38,7 +38,7 @@ class CounterFact(Task):
         for record in records(path):
             edit = record["requested_rewrite"]
             old, new = edit["target_true"]["str"], edit["target_new"]["str"]
-            # Where one answer begins with the other, their first tokens tell nothing.
+            # If one answer begins with the other, their first tokens do not distinguish them.
             if not old.startswith(new) and not new.startswith(old):
                 yield _example(
                     edit["prompt"], edit["subject"], old, new,

@@ -1,4 +1,4 @@
-"""Which examples: from a public file or of our own making, in splits that never overlap."""
+"""Chooses examples: from a public file or a task's generator, in splits that never overlap."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ from vllm_pasta.tasks.base import Example, Task
 Split = Literal["train", "held-out", "test"]
 
 SHARES: dict[Split, int] = {"train": 5, "held-out": 2, "test": 3}
-"""Tenths of the examples. Heads are ranked on "train", their number is chosen on "held-out"."""
+"""Tenths of the examples in each split. Heads are ranked on "train", their number is chosen on
+"held-out", and figures are reported on "test"."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Sample:
     """Examples of one split, and where they come from.
 
     Attributes:
-        examples: In an order that depends on the seed alone.
+        examples: The examples, in an order that depends on the seed alone.
         source: The file's name, or "built-in generator".
-        digest: SHA-256 of the examples, first 16 hexadecimal digits.
+        digest: The first 16 hexadecimal digits of the examples' SHA-256.
     """
 
     examples: list[Example]
@@ -32,7 +33,7 @@ class Sample:
 
 
 def split_of(key: str) -> Split:
-    """The split of an example, by its key alone: the same with every seed and number."""
+    """The split of the example with that key, which depends on nothing else."""
     bucket = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
     for split, share in SHARES.items():
         if bucket < share:
@@ -47,14 +48,15 @@ def sample(
     """Takes ``count`` examples of a split.
 
     Args:
-        task: Whose examples.
+        task: The task.
         split: "train", "held-out" or "test".
-        count: How many.
-        seed: Decides which; not which split an example belongs to.
-        folder: Where public files are; where it has none of the task's, its generator is used.
+        count: The number of examples.
+        seed: Decides which examples are taken; it does not move examples between splits.
+        folder: Folder with public files. If it has none of the task's files, or is None, the
+            task's generator gives the examples.
 
     Raises:
-        PastaError: a file has another format; the split has fewer examples.
+        PastaError: the file is in another format, or the split has fewer examples.
     """
     assert split in get_args(Split)
     path = find_file(task, folder)

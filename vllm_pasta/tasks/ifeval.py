@@ -1,4 +1,4 @@
-"""IFEval: instructions whose fulfilment a program can check, the instructions emphasised.
+"""IFEval: a program checks that answers fulfil instructions, and the instructions are emphasised.
 
 Zhou et al. 2023, arXiv 2311.07911. The checkers are IFEval's own, from the package
 ``if-verifiable``: ``pip install vllm-pasta[ifeval]``.
@@ -22,14 +22,14 @@ from vllm_pasta.tasks.data import records
 from vllm_pasta.tasks.metrics import MIN_FLUENCY, consistency, fluency
 
 MAX_TOKENS = 512
-"""Many instructions ask for 300 words; the few for more cannot be met."""
+"""Enough for 300 words, which many instructions ask for; the few that ask for more must fail."""
 
 SHORT = "detectable_format:constrained_response"
-"""The one instruction that a few words fulfil."""
+"""The one instruction that an answer of a few words fulfils."""
 
 
 class IfEval(Task):
-    """Whether the answer does what verifiable instructions say."""
+    """Checks that the answer fulfils verifiable instructions."""
 
     name = "ifeval"
     files = ("ifeval_separated.jsonl", "ifeval_input_data.jsonl", "input_data.jsonl")
@@ -44,10 +44,10 @@ class IfEval(Task):
     objective = "instruction"
 
     def __init__(self) -> None:
-        """Checks that the checkers are there: answers take long, and would be in vain.
+        """Checks that IFEval's checkers are installed, before answers are generated in vain.
 
         Raises:
-            PastaError: they are not.
+            PastaError: a package is missing.
         """
         missing = [name for name in ("if_verifiable", "punkt") if find_spec(name) is None]
         if missing:
@@ -56,7 +56,7 @@ class IfEval(Task):
             )
 
     def read(self, path: Path) -> Iterator[Example]:
-        """IFEval's own records; or those of SystemCheck, with the instructions set apart."""
+        """Reads IFEval's records, or SystemCheck's, in which the instructions are a message."""
         for record in records(path):
             ids, kwargs = record["instruction_id_list"], record["kwargs"]
             if "messages" in record:
@@ -98,18 +98,18 @@ class IfEval(Task):
 
 @cache
 def _checkers() -> tuple[Any, dict[str, Any]]:
-    """What evaluates an answer, and the checkers' classes by the instructions' ids."""
+    """The function that evaluates an answer, and the checkers' classes by instruction id."""
     _provide_sentence_model()
     import langdetect
     from if_verifiable.common import evaluate_instructions
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
-    langdetect.DetectorFactory.seed = 0  # else the language of a short text is a matter of luck
+    langdetect.DetectorFactory.seed = 0  # the language of a short text is random otherwise
     return evaluate_instructions, INSTRUCTION_DICT
 
 
 def _provide_sentence_model() -> None:
-    """Gives NLTK its English sentence model, which it would download: a package has the same."""
+    """Gives NLTK its English sentence model from a package; NLTK would download it."""
     import nltk
     from nltk.tokenize.punkt import PunktParameters, save_punkt_params
     from punkt import load_model
@@ -134,9 +134,9 @@ def _provide_sentence_model() -> None:
 def _located(prompt: str, ids: list[str], kwargs: list[dict[str, Any]]) -> tuple[str, str, str]:
     """Splits a prompt: before its instructions, the instructions, after them.
 
-    IFEval does not say which words the instructions are. For each, the sentence is taken that is
-    most like the checker's own description; what is emphasised goes from the first such sentence
-    to the end of the last.
+    IFEval does not say where its instructions stand. For each one, this takes the sentence that is
+    most like the checker's description; the emphasis reaches from the first such sentence to the
+    end of the last.
     """
     _, registry = _checkers()
     sentences = list(re.finditer(r"\S.*?(?:[.!?][\"')\]]*(?=\s)|\n|$)", prompt, re.DOTALL))

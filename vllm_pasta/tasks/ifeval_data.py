@@ -1,4 +1,4 @@
-"""Requests with verifiable instructions, of our own making, and answers that fulfil them."""
+"""Generates requests with verifiable instructions, and answers that fulfil them."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +17,11 @@ class _Instruction:
     """One of IFEval's instructions.
 
     Attributes:
-        name: Its id.
-        text: How it is said; ``{}`` stands for ``said``.
-        fulfil: Makes an answer of one that does not fulfil it.
-        arguments: The checker's, given the topic.
-        said: What stands for ``{}`` in the text, given the topic.
+        name: The instruction's id in IFEval.
+        text: The instruction in words; ``{}`` stands for ``said``.
+        fulfil: Turns an answer to the topic into one that fulfils the instruction.
+        arguments: The checker's arguments for the topic.
+        said: The text that replaces ``{}``, for the topic.
     """
 
     name: str
@@ -89,11 +89,11 @@ TOGETHER = (
     (NO_COMMA, LOWERCASE), (TITLE, SENTENCES), (FEW_WORDS, QUOTED), (BULLETS, FORBIDDEN),
     (KEYWORDS, ENDING), (CAPITALS, FEW_WORDS), (NO_COMMA, KEYWORDS, POSTSCRIPT),
 )  # fmt: skip
-"""Instructions of one request; an answer is made to fulfil them in this order."""
+"""The instructions of one request each; ideal answers are built in this order."""
 
 
 def make() -> Iterator[Example]:
-    """Every topic with one to three instructions, and an ideal answer."""
+    """Generates a request for every topic and every one of `TOGETHER`, with an ideal answer."""
     text = (resources.files("vllm_pasta.tasks") / "cases" / "topics.json").read_text(
         encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""Key-value retrieval in a long context, the queried pair emphasised.
+"""Key-value retrieval from a long context; the queried pair is emphasised.
 
 Lost in the Middle (Liu et al. 2023), whose ``kv-retrieval-*_keys.jsonl`` is read as it is.
 """
@@ -18,7 +18,7 @@ MADE_EXAMPLES = 400
 
 
 class KeyValueRetrieval(Task):
-    """Whether the value of a key is found among many pairs."""
+    """Checks that the model finds the value of a key among many pairs."""
 
     name = "kv"
     files = (

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 MIN_FLUENCY = 3.0
-"""Below it an answer counts as failed (the paper drops it): an empty answer has no pronouns."""
+"""Below this fluency an answer counts as failed (the paper drops it): an empty answer, for example,
+has no pronouns."""
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every ``{…}`` of ``text`` that parses as JSON; one within an unfinished one counts."""
+    """Every ``{…}`` of ``text`` that parses as JSON, also within an unfinished one."""
     decoder = json.JSONDecoder()
     for match in re.finditer(r"\{", text):
         try:
@@ -22,7 +23,7 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def contains_value(value: Any, wanted: str) -> bool:
-    """Whether ``wanted`` is part of some string in a JSON value; letter case is ignored."""
+    """True if ``wanted`` is part of a string in a JSON value; letter case is ignored."""
     if isinstance(value, dict):
         return any(contains_value(item, wanted) for item in value.values())
     if isinstance(value, list):
@@ -38,8 +39,8 @@ def words(text: str) -> list[str]:
 def fluency(text: str) -> float:
     """Entropy of bigrams and trigrams in bits, as ROME weighs them; low for repetitive text.
 
-    (2/3 H₂ + 4/3 H₃) / 2, see Meng et al. 2022, appendix. 0 for text of fewer than two words. It
-    grows with the text's length, so compare answers of one length.
+    The value is (2/3 H₂ + 4/3 H₃) / 2 (Meng et al. 2022, appendix), and 0 for text of fewer than
+    two words. It grows with the text's length, so compare answers of the same length.
     """
     tokens = words(text)
     return (2 / 3 * _entropy(tokens, 2) + 4 / 3 * _entropy(tokens, 3)) / 2
@@ -54,8 +55,8 @@ def _entropy(tokens: list[str], n: int) -> float:
 def consistency(text: str, reference: str) -> float:
     """Cosine of the two texts' word counts, 0 to 1; damped, so that one word cannot fill a text.
 
-    The paper compares tf-idf vectors; without a corpus of its own there is no idf, so common words
-    (of up to three letters) are left out instead.
+    The paper compares tf-idf vectors. There is no corpus here to take the idf from, so words of up
+    to three letters, which are common, are left out instead.
     """
     a, b = (
         {

@@ -16,7 +16,7 @@ from vllm_pasta.errors import PastaError
 from vllm_pasta.verify.requests import Request
 
 START_TIMEOUT_S = 400
-LOG_TAIL_LINES = 12
+LOG_TAIL_LINES = 25
 
 COMMAND = (sys.executable, "-m", "vllm_pasta.verify.worker")
 

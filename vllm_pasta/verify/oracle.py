@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
 
 
 @dataclass
@@ -24,6 +30,9 @@ class Steering:
     alpha: float
     prompt_len: int
 
+
+RECURRENCES = ("conv", "hybrid", "linear_attention", "mamba")
+"""Kinds of layers, in configurations, that keep a state from token to token."""
 
 _current: Steering | None = None
 
@@ -109,8 +118,14 @@ class Oracle:
     def __init__(
         self, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> None:
-        bloom = AutoConfig.from_pretrained(path).model_type == "bloom"
-        self.model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path)
+        bloom = config.model_type == "bloom"
+        kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+        # A recurrence's state has a cache of its own; without one, every step starts anew.
+        self._recurs = any(kind in RECURRENCES for kind in kinds)
+        of_text = config.get_text_config() is config
+        loader = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+        self.model = loader.from_pretrained(
             path, dtype=dtype, attn_implementation="eager" if bloom else "pasta_oracle"
         )
         self.model = self.model.eval().to(device)
@@ -129,15 +144,14 @@ class Oracle:
         tokens: list[int] = []
         rows: list[torch.Tensor] = []
         with _steering(steering):
-            ids, cache = self._ids(prompt_ids), DynamicCache()  # keeps all keys
+            ids, cache = self._ids(prompt_ids), None if self._recurs else DynamicCache()
             while len(tokens) < max_tokens:
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=not self._recurs)
                 rows.append(out.logits[0, -1].float().log_softmax(-1).cpu())
                 tokens.append(int(rows[-1].argmax()))
                 if tokens[-1] in stop_ids:
                     break
-                ids = self._ids(tokens[-1:])
+                ids = self._ids([*prompt_ids, *tokens] if self._recurs else tokens[-1:])
         return tokens, torch.stack(rows)
 
     def prompt_logprobs(

@@ -7,7 +7,7 @@
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from vllm_pasta.verify.requests import Request
 
 ALPHA = 0.01
 KINDS = ("plain", "idle", "steered")
+WARM_UP_TOKENS = 4
+"""New tokens of a request in the run that warms up."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Pair:
             engine.close()
 
     def run(self, workload: Workload, runs: int, advance: Callable[[], None]) -> Row:
-        """Times a workload after one run that warms up; kinds take turns, in changing order.
+        """Times a workload after a short run that warms up; kinds take turns, in changing order.
 
         Args:
             workload: What to run.
@@ -174,7 +176,8 @@ class Pair:
             tokens = {}
             for kind in KINDS[i % 3 :] + KINDS[: i % 3]:
                 engine = self.engines["plain" if kind == "plain" else "pasta"]
-                batch = workload.batch(i, self.size, is_steered=kind == "steered")
+                asked = workload if i else replace(workload, new_tokens=WARM_UP_TOKENS)
+                batch = asked.batch(i, self.size, is_steered=kind == "steered")
                 with engine.turn():
                     answer = engine.generate(batch)
                 tokens[kind] = [output["tokens"] for output in answer["outputs"]]

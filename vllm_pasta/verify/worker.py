@@ -80,6 +80,7 @@ def generate(
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
 
     engine = llm.llm_engine
     if reset:
@@ -95,6 +96,7 @@ def generate(
                 ignore_eos=True,
                 detokenize=False,
                 logprobs=request.get("logprobs"),
+                output_kind=RequestOutputKind.FINAL_ONLY,  # as LLM.generate; all samples at once
                 extra_args=request["emphasis"] and {"emphasis": request["emphasis"]},
             ),
             LoRARequest(*request["lora"]) if request.get("lora") else None,

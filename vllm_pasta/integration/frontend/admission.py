@@ -21,6 +21,7 @@ from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.locate import CHAT_KEY, Locator
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import KEY, WIRE_KEY, Resolution, ResolvedEmphasis
+from vllm_pasta.request.shape import ModelShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -68,16 +69,14 @@ class Admission:
     def __init__(self, vllm_config: "VllmConfig", get_tokenizer: Callable[[], Any]) -> None:
         self.config = PastaConfig.of(vllm_config)
         self.locator = Locator(get_tokenizer)
-        self.num_layers = self.num_heads = 0
+        self.shape = ModelShape(0, 0, ())
         self._takes_kv = False
         if self.config is not None:
             support.check_engine(vllm_config)
             self._takes_kv = connectors.takes_kv_by_request(vllm_config.kv_transfer_config)
-            model, parallel = vllm_config.model_config, vllm_config.parallel_config
-            self.num_layers = model.get_total_num_hidden_layers()
-            self.num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
+            self.shape = support.shape_of(vllm_config)
             if self.config.heads is not None:
-                self.config.heads.check(self.num_layers, self.num_heads)
+                self.shape.check(self.config.heads)
 
     def admit(self, params: Any, prompt: dict[str, Any], *, resumable: bool = False) -> Any:
         """Resolves ``params``' emphasis for one prompt.
@@ -204,7 +203,7 @@ class Admission:
     def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
         assert self.config is not None
         known = ", ".join(sorted(self.config.head_sets)) or "none"
-        sizes = f"this model has {self.num_layers} layers of {self.num_heads} query heads"
+        sizes = f"this model has {self.shape}"
         if wanted is None:
             if self.config.heads is None and needed:
                 raise EmphasisError(
@@ -221,7 +220,7 @@ class Admission:
                 )
             wanted = self.config.head_sets[wanted]
         try:
-            wanted.check(self.num_layers, self.num_heads)
+            self.shape.check(wanted)
         except HeadSetError as e:
             raise EmphasisError(f"{e}; known head sets: {known}", field="emphasis.heads") from None
         return wanted

@@ -43,7 +43,11 @@ async def head_sets(request: Request) -> dict[str, Any]:
     config = admission.config
     assert config is not None  # the routes are loaded where VLLM_PLUGINS switches emphasis on
     return {
-        "model": {"layers": admission.num_layers, "query_heads": admission.num_heads},
+        "model": {
+            "layers": admission.shape.num_layers,
+            "query_heads": admission.shape.num_heads,
+            "attention_layers": list(admission.shape.attention_layers),
+        },
         "alpha": config.alpha,
         "default": config.heads and _describe(config.heads),
         "head_sets": {name: _describe(heads) for name, heads in config.head_sets.items()},

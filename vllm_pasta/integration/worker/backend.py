@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_pasta.errors import UnsupportedError
@@ -50,7 +49,7 @@ class SteeringBuilder:
         for name in names:
             support.check_layer(name, layers[name], num_heads)
             layers[name].impl.attention = layer_attention(layers[name].impl)
-            layers[name].impl.layer_index = extract_layer_index(name)
+            layers[name].impl.layer_index = support.layer_index(name)
         self._rows = rows_of(vllm_config)
         self._prepare(self._rows, [layers[name].impl for name in names])
 

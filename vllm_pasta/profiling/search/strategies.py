@@ -1,7 +1,7 @@
-"""Which heads help: every head on every example, or cheaper ways to nearly the same ranking.
+"""Searches for the heads that help: every head on every example, or cheaper and nearly as good.
 
-A search asks for scores of (head, example) pairs, and ranks all heads, best first. It knows
-nothing of models: what scores is a callable.
+A search asks for the scores of (head, example) pairs and ranks all heads, best first. It knows
+nothing about models: a callable gives the scores.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ from statistics import fmean
 from vllm_pasta.profiling.methods import Head
 
 Pair = tuple[Head, int]
-"""A head, and an example's number."""
+"""A head and the index of an example."""
 
 Scorer = Callable[[list[Pair]], list[float]]
-"""Objective of each pair: the example's score where that head alone is steered."""
+"""Gives the objective of each pair: the example's score with that head alone steered."""
 
 SAVING = 8
-"""The cheap searches ask for at most one in so many of the full search's pairs."""
+"""The cheap searches ask for at most 1/SAVING of the full search's pairs."""
 
 ROUNDS = 3
 
@@ -28,9 +28,9 @@ class Ranked:
 
     Attributes:
         head: Layer and query head.
-        score: Mean objective over the examples it was asked on; None where it was not asked.
-        examples: Number of those examples.
-        estimate: What the gradient says; None in the other searches.
+        score: The mean objective over the examples that were asked; None if none was.
+        examples: The number of these examples.
+        estimate: The gradient's estimate; None in the other searches.
     """
 
     head: Head
@@ -40,7 +40,7 @@ class Ranked:
 
 
 def full(heads: Sequence[Head], examples: int, scorer: Scorer) -> list[Ranked]:
-    """Every head on every example. Pairs of one example are neighbours: they share a prompt."""
+    """Asks about every head on every example; pairs of one example are neighbours."""
     scores = _scores(heads, range(examples), scorer)
     return _by_score([Ranked(head, fmean(scores[head]), examples) for head in heads])
 
@@ -70,7 +70,7 @@ def gradient(
 ) -> list[Ranked]:
     """Verifies the heads that a first-order estimate puts first; the others keep its order.
 
-    Half of what a cheap search may ask: the estimates take time too.
+    It asks for half of what a cheap search may ask for: the estimates take time too.
     """
     order = sorted(heads, key=lambda head: -estimates[head])
     chosen = order[: max(1, len(heads) // (2 * SAVING))]
@@ -89,5 +89,5 @@ def _scores(heads: Sequence[Head], examples: range, scorer: Scorer) -> dict[Head
 
 
 def _by_score(ranked: list[Ranked]) -> list[Ranked]:
-    """Best first; equal ones in the model's order, so that a ranking is always the same."""
+    """Sorts, best first; equal scores keep the model's order, which makes rankings repeatable."""
     return sorted(ranked, key=lambda r: (-(r.score or 0.0), r.head))

@@ -1,4 +1,4 @@
-"""``vllm-pasta demo``: real prompts on real vLLM, plain and emphasised, side by side."""
+"""``vllm-pasta demo``: answers real prompts on vLLM, plain and emphasised, side by side."""
 
 import argparse
 import gc
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from vllm_pasta.cli import options, smollm2, terminal
-from vllm_pasta.cli.demo_cases import TASKS, Case, Result, count, load_cases
+from vllm_pasta.cli.demo.cases import TASKS, Case, Result, count, load_cases
 from vllm_pasta.cli.session import engine_session
 from vllm_pasta.cli.terminal import Phase
 from vllm_pasta.errors import PastaError
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         type=options.count,
         metavar="N",
-        help="take N real CounterFact cases from $VLLM_PASTA_DATA/counterfact.jsonl",
+        help="take N real CounterFact cases from $VLLM_PASTA_DATA/counterfact.jsonl instead of the "
+        "demo's own",
     )
     parser.add_argument(
         "--compile",

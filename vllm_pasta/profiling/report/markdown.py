@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import plots, tables
 from vllm_pasta.profiling.estimates import overlap, rank_correlation
 from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.methods import Head, head_name
-from vllm_pasta.profiling.ranking import Profile, rankings
+from vllm_pasta.profiling.report import plots, tables
+from vllm_pasta.profiling.search.ranking import Profile, rankings
 from vllm_pasta.request.heads import HeadSet
 
 SHOWN = 20

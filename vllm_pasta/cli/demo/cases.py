@@ -1,7 +1,7 @@
 """The demo's prompts, and how their answers are judged.
 
-Two of the paper's tasks (arXiv 2311.02262, section 4): answers in JSON, the instruction emphasised;
-and CounterFact, the new of two facts emphasised.
+They are of two of the paper's tasks (arXiv 2311.02262, section 4): answers in JSON, with the
+instruction emphasised, and CounterFact, with the newer of two facts emphasised.
 """
 
 import json
@@ -16,7 +16,7 @@ from vllm_pasta.tasks.data import find_file
 from vllm_pasta.tasks.metrics import json_objects
 
 TASKS = {"json": "valid JSON", "counterfact": "new fact answered"}
-"""Tasks, and what is counted in each."""
+"""Each task, and what is counted in its answers."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Case:
 
     Attributes:
         task: A key of ``TASKS``.
-        prompt: What the user says.
+        prompt: The user's words.
         emphasis: The part of ``prompt`` to emphasise.
-        new: CounterFact: the answer by the new fact.
-        old: CounterFact: the answer by the old fact.
+        new: For CounterFact, the answer according to the new fact.
+        old: For CounterFact, the answer according to the old fact.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Case:
     old: str = ""
 
     def succeeds(self, answer: str) -> bool:
-        """Whether ``answer`` does what was emphasised."""
+        """True if ``answer`` follows the emphasised part."""
         if self.task == "json":
             return has_json(answer)
         return answers_first(answer, self.new, self.old)
@@ -54,22 +54,22 @@ class Result:
 
 
 def has_json(text: str) -> bool:
-    """Whether some ``{…}`` of ``text`` parses as JSON: the paper's format accuracy (F.Acc).
+    """True if some ``{…}`` of ``text`` parses as JSON: the paper's format accuracy (F.Acc).
 
-    An object within an unfinished one counts, as it does there.
+    An object within an unfinished one counts, as in the paper.
     """
     return next(json_objects(text), None) is not None
 
 
 def answers_first(text: str, new: str, old: str) -> bool:
-    """Whether ``new`` stands in ``text``, and ``old`` not before it; letter case is ignored."""
+    """True if ``text`` has ``new``, and no ``old`` before it; letter case is ignored."""
     text, new, old = text.casefold(), new.casefold(), old.casefold()
     at_new, at_old = text.find(new), text.find(old)
     return at_new >= 0 and (at_old < 0 or at_new < at_old)
 
 
 def count(results: list[Result]) -> dict[str, dict[str, int]]:
-    """Per task: ``cases``, and how many answers succeed ``plain`` and ``emphasised``."""
+    """For each task: the number of ``cases``, and of successes ``plain`` and ``emphasised``."""
     counts = {}
     for task in dict.fromkeys(result.case.task for result in results):
         of_task = [result for result in results if result.case.task == task]
@@ -82,13 +82,13 @@ def count(results: list[Result]) -> dict[str, dict[str, int]]:
 
 
 def json_case(name: str, text: str, instruction: str) -> Case:
-    """A biography and then the instruction, which is emphasised."""
+    """A biography, followed by the instruction, which is emphasised."""
     emphasis = instruction.format(name=name)
     return Case("json", f"{text}\n\n{emphasis}", emphasis)
 
 
 def counterfact_case(prompt: str, subject: str, old: str, new: str) -> Case:
-    """The old fact, the new one, which is emphasised, and the beginning to be completed."""
+    """The old fact, the new one, which is emphasised, and a sentence to complete."""
     start = prompt.format(subject)
     before, fact, after = prompt_parts(start, old, new, start)
     return Case("counterfact", before + fact + after, fact, new, old)
@@ -98,13 +98,13 @@ def load_cases(counterfact: int | None) -> list[Case]:
     """The prompts of the demo.
 
     Args:
-        counterfact: How many real CounterFact cases to take from ``VLLM_PASTA_DATA``; None means
-            our own instead.
+        counterfact: The number of real CounterFact cases to take from ``VLLM_PASTA_DATA``; None
+            means the demo's own cases instead.
 
     Raises:
-        PastaError: real cases are wanted and not there.
+        PastaError: real cases are wanted, and there are none.
     """
-    text = (resources.files("vllm_pasta.cli") / "demo.json").read_text(encoding="utf-8")
+    text = (resources.files("vllm_pasta.cli.demo") / "cases.json").read_text(encoding="utf-8")
     own = json.loads(text)
     instruction = own["json"]["instruction"]
     cases = [json_case(**case, instruction=instruction) for case in own["json"]["cases"]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.evaluation import Row
-from vllm_pasta.profiling.ranking import Profile
+from vllm_pasta.profiling.search.ranking import Profile
 from vllm_pasta.tasks import Task
 
 

@@ -1,11 +1,12 @@
-"""A first-order estimate of what steering each head alone would do, by one backward pass.
+"""Estimates to first order what steering each head alone would do, by one backward pass.
 
-For an example, the plain model runs once. In each layer, what every head would give if it were
-steered is computed beside what it gives; the difference, times the gradient of the objective with
-respect to the head's output, is the estimated change of the objective (attribution patching, Nanda
-2023). Exact in the head's own attention, linear in all that comes after it.
+The plain model runs once for each example. Every layer computes each head's output with and without
+steering. The difference, times the gradient of the objective with respect to the head's output, is
+the estimated change of the objective (attribution patching, Nanda 2023). The estimate is exact in
+the head's own attention and linear in everything after it.
 
-On transformers, for models with plain full attention; a shortlist, verified in vLLM afterwards.
+The model runs on transformers and must have plain full attention. The estimates give a shortlist,
+which vLLM verifies afterwards.
 """
 
 import math
@@ -19,7 +20,7 @@ from vllm_pasta.profiling.prompts import Prompt
 
 
 class _Recorder:
-    """The attention function of one backward pass: collects each layer's estimates.
+    """Computes the attention of one forward pass, and estimates in its backward pass.
 
     Attributes:
         estimates: float32 ``[layers, heads]``; filled by the backward pass.
@@ -49,12 +50,8 @@ class _Recorder:
         return output.transpose(1, 2).contiguous(), None
 
 
-_current: _Recorder | None = None
-
-
-def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    assert _current is not None
-    return _current(*args, **kwargs)
+def _attention(*args: Any, pasta_recorder: _Recorder, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return pasta_recorder(*args, **kwargs)
 
 
 class GradientModel:
@@ -75,10 +72,14 @@ class GradientModel:
         )
 
     def estimate(self, prompts: Iterable[Prompt], alpha: float) -> dict[Head, float]:
-        """Mean estimated change of log P(target) − log P(foil) per head.
+        """The estimated change of the objective by each head, averaged over the prompts.
 
-        Where answers are compared by their first token, so here; else it is the mean of log P over
-        the target's tokens that are judged.
+        The objective is log P(target) − log P(foil) of the first tokens if answers are compared by
+        these, otherwise the mean of log P over those tokens of the target that count.
+
+        Args:
+            prompts: Prompts with targets.
+            alpha: Scale factor.
         """
         layers, heads = self._config.num_hidden_layers, self._config.num_attention_heads
         total, count = torch.zeros(layers, heads), 0
@@ -92,7 +93,6 @@ class GradientModel:
         }
 
     def _estimate(self, prompt: Prompt, alpha: float) -> torch.Tensor:
-        global _current
         target = prompt.target[:1] if prompt.choices else prompt.target
         length = len(prompt.ids)
         bias = torch.zeros(length + len(target) - 1)
@@ -100,19 +100,17 @@ class GradientModel:
         for start, end in prompt.spans:
             bias[start:end] = 0.0
         recorder = _Recorder(bias, self._config.num_hidden_layers, self._config.num_attention_heads)
-        _current = recorder
-        try:
-            logits = self._model(
-                input_ids=torch.tensor([prompt.ids + target[:-1]]), logits_to_keep=len(target)
-            ).logits[0]
-            logprobs = logits.log_softmax(-1)
-            if prompt.choices:
-                objective = logprobs[0, target[0]]
-                if prompt.foil:
-                    objective = objective - logprobs[0, prompt.foil[0]]
-            else:
-                objective = logprobs[range(len(target)), target][prompt.judged].mean()
-            objective.backward()
-        finally:
-            _current = None
+        logits = self._model(
+            input_ids=torch.tensor([prompt.ids + target[:-1]]),
+            logits_to_keep=len(target),
+            pasta_recorder=recorder,  # transformers hands it to the attention function
+        ).logits[0]
+        logprobs = logits.log_softmax(-1)
+        if prompt.choices:
+            objective = logprobs[0, target[0]]
+            if prompt.foil:
+                objective = objective - logprobs[0, prompt.foil[0]]
+        else:
+            objective = logprobs[range(len(target)), target][prompt.judged].mean()
+        objective.backward()
         return recorder.estimates

@@ -7,8 +7,8 @@ from statistics import fmean
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.evaluation import Row, evaluate
 from vllm_pasta.profiling.methods import PLAIN, Method, steer
-from vllm_pasta.profiling.ranking import Profile, rankings
-from vllm_pasta.profiling.selection import Selection, select
+from vllm_pasta.profiling.search.ranking import Profile, rankings
+from vllm_pasta.profiling.search.selection import Selection, select
 from vllm_pasta.tasks import sample
 
 SIZES = (1, 2, 3, 5, 8, 12, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500)

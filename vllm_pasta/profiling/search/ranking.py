@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import Literal
 
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import search
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.methods import PLAIN, Head, Method, head_name, steer
-from vllm_pasta.profiling.search import Pair, Ranked
+from vllm_pasta.profiling.search import strategies
+from vllm_pasta.profiling.search.strategies import Pair, Ranked
 from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import Sample, Task
 
@@ -97,9 +97,9 @@ class Ranker:
         seconds = 0.0
         if kind == "gradient":
             estimates, seconds = self._estimates(model)
-            ranking = search.gradient(heads, examples, self.score, estimates)
+            ranking = strategies.gradient(heads, examples, self.score, estimates)
         else:
-            find = search.full if kind == "full" else search.halving
+            find = strategies.full if kind == "full" else strategies.halving
             ranking = find(heads, examples, self.score)
         objective = LIKELIHOOD if self._likelihood else self._task.objective
         return Profile(self._task, objective, self._train, plain, ranking, self._asked, seconds)
@@ -142,8 +142,8 @@ class Ranker:
         if note not in self._store.notes:
             from transformers import AutoTokenizer
 
-            from vllm_pasta.profiling.gradients import GradientModel
             from vllm_pasta.profiling.prompts import Prompter
+            from vllm_pasta.profiling.search.gradients import GradientModel
 
             began = time.perf_counter()
             prompter = Prompter(AutoTokenizer.from_pretrained(model))

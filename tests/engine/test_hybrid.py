@@ -1,0 +1,128 @@
+"""Models that mix attention with recurrences: Mamba 2, gated delta net. Tiny random models.
+
+Broken by: a head set's layer taken for another; a recurrence's state shared between differently
+steered requests; attention blocks that are enlarged to the state's size and read at another stride.
+"""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from models import HYBRIDS, random_ids, tiny_model
+from test_exact import LOGPROB_TOLERANCE, Case, check, run
+from vllm import SamplingParams
+
+from vllm_pasta.errors import EmphasisError
+from vllm_pasta.verify.oracle import Oracle
+
+SHORT, LONG, OTHER = random_ids(24, 1), random_ids(200, 3), random_ids(140, 4)
+LAYERS = {"granitemoehybrid": [1, 3], "falcon_h1": [0, 1, 2, 3], "nemotron_h": [1, 3],
+          "qwen3_next": [1, 3]}  # fmt: skip
+FP32 = [kind for kind in HYBRIDS if kind != "qwen3_next"]
+
+
+class Model:
+    """A hybrid model under vLLM and under the oracle."""
+
+    def __init__(self, kind, folder, dtype="float32"):
+        from conftest import start
+
+        self.folder = tiny_model(folder, kind, getattr(torch, dtype))
+        self.llm = start(
+            folder,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            enable_prefix_caching=True,
+        )
+        self.oracle = Oracle(folder)
+        self.layers = LAYERS[kind]
+        everywhere = {layer: [0, 1, 2, 3] for layer in self.layers}
+        self.cases = {
+            "plain": Case(LONG),
+            "across chunks": Case(LONG, [(5, 9), (60, 70), (199, 200)], everywhere, 0.1),
+            "one head": Case(OTHER, [(100, 120)], {self.layers[-1]: [2]}),
+            "alpha above 1": Case(OTHER, [(10, 30)], everywhere, 20.0),
+            "short": Case(SHORT, [(4, 9)], everywhere, max_tokens=30),
+            "plain beside": Case(OTHER),
+        }
+
+    def ask_oracle(self, case):
+        return self.oracle.generate(case.prompt, case.max_tokens, case.steering)
+
+
+@pytest.fixture(scope="module", params=FP32)
+def model(request, tmp_path_factory):
+    model = Model(request.param, tmp_path_factory.mktemp(request.param))
+    yield model
+    del model
+    gc.collect()
+
+
+def test_mixed_batch(model):
+    """Steered and plain, in chunks and decoding, more requests than the batch holds."""
+    outputs = run(model.llm, list(model.cases.values()))
+    for (name, case), output in zip(model.cases.items(), outputs, strict=True):
+        expected = model.ask_oracle(case)
+        check(output, expected)
+        if case.spans:
+            tokens = case.prompt + expected[0][:-1]
+            plain = model.oracle.prompt_logprobs(tokens)[len(case.prompt) - 1 :]
+            assert (expected[1] - plain).abs().max() > 20 * LOGPROB_TOLERANCE, name
+
+
+def test_states_are_shared_by_equal_requests_alone(model):
+    """The prefix cache holds KV blocks and states of recurrences, found by the same hashes."""
+    model.llm.reset_prefix_cache()
+    everywhere = {layer: [0, 1, 2, 3] for layer in model.layers}
+    prompt = random_ids(400, 5)
+    steered = Case(prompt, [(300, 310)], everywhere, max_tokens=4)
+    hits = []
+    for case in (
+        replace(steered, spans=None),
+        replace(steered, spans=None),
+        steered,
+        steered,
+        replace(steered, alpha=0.02),
+        replace(steered, spans=[(5, 9)]),
+        replace(steered, spans=[(5, 9)]),
+    ):
+        (request,) = model.llm.generate({"prompt_token_ids": prompt}, case.params, use_tqdm=False)
+        check(request.outputs[0], model.ask_oracle(case))
+        hits.append(request.num_cached_tokens)
+    plain, again, first, second, other, early, early_again = hits
+    assert (plain, early) == (0, 0)
+    assert again > 300  # else nothing was tested
+    assert first <= 300
+    assert second == again == early_again
+    assert other <= 300
+
+
+def test_layers_without_heads_are_refused(model):
+    """A head set may name attention layers alone."""
+    if len(model.layers) == 4:
+        pytest.skip("every layer has attention heads beside its recurrence")
+    emphasis = {"spans": [[2, 5]], "heads": {"0": [1]}}
+    params = SamplingParams(max_tokens=1, extra_args={"emphasis": emphasis})
+    with pytest.raises(EmphasisError, match=r"layer 0 has no attention heads.*heads: 1, 3"):
+        model.llm.generate({"prompt_token_ids": SHORT}, params, use_tqdm=False)
+
+
+def test_gated_delta_net(tmp_path):
+    """vLLM's CPU kernel of it takes bf16 alone: error at most twice plain PyTorch's."""
+    model = Model("qwen3_next", tmp_path, "bfloat16")
+    case = replace(model.cases["across chunks"], alpha=0.01, max_tokens=1)
+    params = case.params
+    params.prompt_logprobs = -1
+    (request,) = model.llm.generate({"prompt_token_ids": LONG}, params, use_tqdm=False)
+    got = torch.tensor(
+        [[row[i].logprob for i in range(256)] for row in request.prompt_logprobs[1:]]
+    )
+    truth = model.oracle.prompt_logprobs(LONG, case.steering)[:-1]
+    plain = Oracle(tmp_path, torch.bfloat16).prompt_logprobs(LONG, case.steering)[:-1]
+    unsteered = model.oracle.prompt_logprobs(LONG)[:-1]
+    error, allowed = (got - truth).abs().mean(), 2 * (plain - truth).abs().mean()
+    assert error < allowed
+    assert allowed < (unsteered - truth).abs().mean()  # else the bound would prove nothing

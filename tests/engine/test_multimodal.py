@@ -1,0 +1,86 @@
+"""Multimodal models, prompts of text: tiny random models of real architectures, in fp32.
+
+Broken by: layers whose names or positions (M-RoPE) are not those of a text model; a gate that
+refuses the engine.
+"""
+
+import gc
+from dataclasses import replace
+
+import pytest
+from models import MULTIMODAL, random_ids, tiny_multimodal
+from test_exact import LOGPROB_TOLERANCE, Case, check, run
+from vllm import SamplingParams
+
+from vllm_pasta.errors import EmphasisError
+from vllm_pasta.verify.oracle import Oracle
+
+SHORT, LONG = random_ids(24, 1), random_ids(200, 3)
+ALL = {layer: [0, 1, 2, 3] for layer in range(4)}
+CASES = {
+    "plain": Case(LONG),
+    "across chunks": Case(LONG, [(10, 14), (60, 70), (199, 200)], ALL, 0.1),
+    "one head": Case(LONG, [(150, 170)], {1: [2]}),
+    "alpha above 1": Case(LONG, [(100, 120)], ALL, 20.0),
+    "short": Case(SHORT, [(12, 18)], ALL),
+}
+
+
+@pytest.fixture(scope="module", params=MULTIMODAL)
+def model(request, tmp_path_factory):
+    from conftest import start
+
+    folder = tiny_multimodal(tmp_path_factory.mktemp(request.param), request.param)
+    llm = start(
+        folder,
+        skip_tokenizer_init=True,
+        language_model_only=True,  # else vLLM wants the image processor's files
+        block_size=32,
+        prefix_cache_retention_interval=None,  # windowed layers keep all blocks, too
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+    )
+    yield llm, Oracle(folder)
+    del llm
+    gc.collect()
+
+
+def test_mixed_batch(model):
+    """Steered and plain, in chunks and decoding, more requests than the batch holds."""
+    llm, oracle = model
+    for case, output in zip(CASES.values(), run(llm, list(CASES.values())), strict=True):
+        expected = oracle.generate(case.prompt, case.max_tokens, case.steering)
+        check(output, expected)
+        if case.spans:
+            tokens = case.prompt + expected[0][:-1]
+            plain = oracle.prompt_logprobs(tokens)[len(case.prompt) - 1 :]
+            assert (expected[1] - plain).abs().max() > 20 * LOGPROB_TOLERANCE
+
+
+def test_prefix_cache(model):
+    """Blocks before the first emphasised token are shared with plain requests, no others."""
+    llm, oracle = model
+    llm.reset_prefix_cache()
+    steered = Case(LONG, [(70, 75)], ALL, max_tokens=4)
+    for case, shared in (
+        (replace(steered, spans=None), 0),
+        (steered, 64),
+        (steered, 192),
+        (replace(steered, alpha=0.5), 64),
+    ):
+        (request,) = llm.generate({"prompt_token_ids": case.prompt}, case.params, use_tqdm=False)
+        assert request.num_cached_tokens == shared
+        check(request.outputs[0], oracle.generate(case.prompt, case.max_tokens, case.steering))
+
+
+def test_image_prompt(model):
+    """A prompt with an image is refused with emphasis, and admitted without."""
+    llm, _ = model
+    admission = llm.llm_engine.input_processor.pasta_admission
+    prompt = {"type": "multimodal", "prompt_token_ids": SHORT, "mm_placeholders": {}}
+    plain = SamplingParams(max_tokens=1)
+    assert admission.admit(plain, dict(prompt)) is plain
+    emphasis = {"spans": [[2, 4]], "heads": {"1": [0]}}
+    params = SamplingParams(max_tokens=1, extra_args={"emphasis": emphasis})
+    with pytest.raises(EmphasisError, match="got one of type multimodal"):
+        admission.admit(params, dict(prompt))

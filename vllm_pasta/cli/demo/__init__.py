@@ -1,0 +1,1 @@
+"""``vllm-pasta demo``: emphasis on real prompts, plain and emphasised side by side."""

@@ -1,0 +1,70 @@
+"""A model's layers and query heads: what a head set may name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_pasta.request.heads import HeadSet
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's layers and query heads.
+
+    Attributes:
+        num_layers: Layers of the whole model, whatever they hold.
+        num_heads: Query heads of a layer with attention, over all tensor-parallel ranks.
+        attention_layers: Indices of the layers that have attention heads, in order. In a hybrid
+            model the others hold a recurrence (Mamba, linear attention), a short convolution or
+            an MLP alone, and there is nothing in them to steer.
+    """
+
+    num_layers: int
+    num_heads: int
+    attention_layers: tuple[int, ...]
+
+    def check(self, heads: HeadSet) -> None:
+        """Checks that the model has every head of a head set.
+
+        Raises:
+            HeadSetError: names the head, and the layers and heads that there are.
+        """
+        heads.check(self.num_layers, self.num_heads, self.attention_layers)
+
+    def __str__(self) -> str:
+        text = f"{self.num_layers} layers of {self.num_heads} query heads"
+        if len(self.attention_layers) < self.num_layers:
+            text += f", {len(self.attention_layers)} of them with attention"
+        return text
+
+
+def attention_layers(text_config: Any, num_layers: int) -> tuple[int, ...]:
+    """The layers that have attention heads, by a model's configuration.
+
+    Hybrid models say for each layer what it holds, in one of three fields; see vLLM's
+    ``ModelConfig.get_num_layers_by_block_type``, which counts them and does not name them.
+
+    Args:
+        text_config: The configuration of the language model, as transformers reads it.
+        num_layers: Layers of the model.
+    """
+    if blocks := getattr(text_config, "block_configs", None):  # DeciLM leaves out attention
+        return tuple(i for i, block in enumerate(blocks) if not _no_op(block))
+    kinds: Sequence[Any] = (
+        getattr(text_config, "layers_block_type", None)
+        or getattr(text_config, "attn_type_list", None)  # MiniMax: 1 is attention, 0 is linear
+        or getattr(text_config, "layer_types", None)
+        or ()
+    )
+    return tuple(i for i in range(num_layers) if i >= len(kinds) or _has_heads(kinds[i]))
+
+
+def _has_heads(kind: Any) -> bool:
+    if isinstance(kind, str):
+        return kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention")
+    return bool(kind)
+
+
+def _no_op(block: Any) -> bool:
+    attention = block["attention"] if isinstance(block, dict) else block.attention
+    return bool(attention["no_op"] if isinstance(attention, dict) else attention.no_op)
