@@ -316,7 +316,6 @@ REFUSED = {
     "sleep mode is on": {"model_config": {"enable_sleep_mode": True}},
     "the KV cache is nvfp4": {"cache_config": {"cache_dtype": "nvfp4"}},
     "the KV cache is bfloat16": {"cache_config": {"cache_dtype": "bfloat16"}},
-    "VLLM_BATCH_INVARIANT": {},
     "needs vLLM 0.32.x, this is 0.31.0": {},
 }
 
@@ -326,8 +325,6 @@ def test_refused(reason, config, monkeypatch):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     support.check_engine(config)
-    if reason == "VLLM_BATCH_INVARIANT":
-        monkeypatch.setattr(support.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
     if reason.startswith("needs vLLM"):
         monkeypatch.setattr(support.vllm, "__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
@@ -338,6 +335,14 @@ def test_refused(reason, config, monkeypatch):
         setattr(config, field, value)
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
+
+
+def test_batch_invariance(config, v2, monkeypatch):
+    """Where vLLM promises it, kernels are told not to share keys by what room a step leaves."""
+    monkeypatch.setattr(support.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    support.check_engine(config)
+    made = builder(config)
+    assert all(workspace.is_invariant for workspace in made._workspaces.values())
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"])

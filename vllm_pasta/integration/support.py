@@ -65,7 +65,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         "kv_sharing_fast_prefill is on": cache.kv_sharing_fast_prefill,
         "the Rust front end is in use, which passes no admission": envs.VLLM_USE_RUST_FRONTEND,
         "VLLM_BATCH_INVARIANT is set, which steered attention does not keep": (
-            envs.VLLM_BATCH_INVARIANT
+            envs.VLLM_BATCH_INVARIANT and not is_gpu()
         ),
         f"the runner is {model.runner_type}, not generate": model.runner_type != "generate",
         "the model has MLA attention": model.use_mla,
