@@ -9,11 +9,12 @@ one before, and on a GPU each waits about as long as this kernel computes. The c
    query, the plain output and its log-sum-exp;
 3. keys and values.
 
-Where a GPU's time goes: bytes and products are few (a decode step of 128 requests that merges 84 keys
-for all heads of Qwen3-8B moves 44 MB, 10 us of an H200's memory; with 10 % of the heads, 17 MB). The
-launch is about 1 us of a graph, and each link of the chain 0.5 to 0.8. So a link less is worth more
-than a byte less. Compiled for sm_90, the chain's first link is one 32-byte read for each of three
-parts of a record; what else of a record is wanted later is in the first-level cache by then.
+Bytes and products are few: a decode step of 128 requests that merges 84 keys for all heads of
+Qwen3-8B moves 44 MB, which takes 10 us of an H200's memory; with 10 % of the heads, 17 MB. The
+launch is about 1 us of a graph, and each link of the chain 0.5 to 0.8. So a link less is worth
+more than a byte less. The first link is one read of 32 bytes for each of three parts of a record,
+and one of this layer's heads; what else of a record is wanted later is in the first-level cache by
+then.
 
 The wanted keys are one list, which one loop walks: a merge's are the tokens of the segments, in
 order, and then the generated ones; the direct way's are all. The list is never stored. An entry's
