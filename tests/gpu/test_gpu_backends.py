@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tools.check_upstream import _GPU as BASES
 from vllm_pasta.errors import ConfigError, UnsupportedError
-from vllm_pasta.integration import plugin, registry, support
+from vllm_pasta.integration import plugin, refusals, registry, support
 from vllm_pasta.integration.worker import gpu, rows
 from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
 from vllm_pasta.request.heads import HeadSet
@@ -71,7 +71,7 @@ def config(small_batches, monkeypatch):
     config = copy(small_batches.llm_engine.vllm_config)
     config.additional_config = {"pasta": {}}
     monkeypatch.setattr(support, "is_gpu", lambda: True)
-    monkeypatch.setattr(support.vllm, "__version__", "0.32.0")
+    monkeypatch.setattr("vllm.__version__", "0.32.0")
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     return config
 
@@ -243,7 +243,7 @@ def test_capture(name, config, v2, monkeypatch):
 
 def test_metadata_that_does_not_tell(config, v2):
     made = builder(config)
-    with pytest.raises(UnsupportedError, match="does not tell whose its rows are"):
+    with pytest.raises(UnsupportedError, match="does not say which request each row belongs to"):
         made.build(0, common(req_idx=None))
     with pytest.raises(UnsupportedError, match="not causal"):
         made.build(0, common(causal=False))
@@ -304,7 +304,10 @@ def test_layers_of_other_backends(config):
     compilation = copy(config.compilation_config)
     compilation.static_forward_context = {**compilation.static_forward_context, name: other}
     config.compilation_config = compilation
-    with pytest.raises(UnsupportedError, match=f"layer {name} has SimpleNamespace.*FLASH_ATTN"):
+    with pytest.raises(
+        UnsupportedError,
+        match=f"layer {name} has SimpleNamespace, which is not vllm-pasta's.*FLASH_ATTN",
+    ):
         rows.EmphasisRows(config, None)
 
 
@@ -316,33 +319,39 @@ REFUSED = {
     "sleep mode is on": {"model_config": {"enable_sleep_mode": True}},
     "the KV cache is nvfp4": {"cache_config": {"cache_dtype": "nvfp4"}},
     "the KV cache is bfloat16": {"cache_config": {"cache_dtype": "bfloat16"}},
-    "needs vLLM 0.32.x, this is 0.31.0": {},
+    "KV cache is sparse": {"attention_config": {"hisparse_config": SimpleNamespace()}},
+    "verifies adaptively": {
+        "speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)
+    },
+    "reference sliding windows": {"model_config": {"model_arch_config": {"rswa_window": 64}}},
+    "VLLM_BATCH_INVARIANT": {},
+    "on a GPU emphasis needs vLLM 0.32.x, this is 0.31.0": {},
 }
+
+
+def change(value, changes):
+    """A copy with other attributes, of whatever depth."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if not isinstance(changes, dict):
+        return AttentionBackendEnum.FLEX_ATTENTION if changes == "FLEX" else changes
+    value = copy(value)
+    for attribute, new in changes.items():
+        object.__setattr__(value, attribute, change(getattr(value, attribute), new))
+    return value
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(reason, config, monkeypatch):
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
     support.check_engine(config)
-    if reason.startswith("needs vLLM"):
-        monkeypatch.setattr(support.vllm, "__version__", "0.31.0")
+    if reason == "VLLM_BATCH_INVARIANT":
+        monkeypatch.setattr(refusals.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    if reason.startswith("on a GPU"):
+        monkeypatch.setattr("vllm.__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
-        value = copy(getattr(config, field))
-        for attribute, new in changes.items():
-            new = AttentionBackendEnum.FLEX_ATTENTION if new == "FLEX" else new
-            object.__setattr__(value, attribute, new)
-        setattr(config, field, value)
+        setattr(config, field, change(getattr(config, field), changes))
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
-
-
-def test_batch_invariance(config, v2, monkeypatch):
-    """Where vLLM promises it, kernels are told not to share keys by what room a step leaves."""
-    monkeypatch.setattr(support.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    support.check_engine(config)
-    made = builder(config)
-    assert all(workspace.is_invariant for workspace in made._workspaces.values())
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"])
@@ -365,10 +374,10 @@ def test_option():
     [
         ("layer", "head_size", 512, "head size 512, above 256"),
         ("layer", "_k_scale", torch.ones(2), "fp8 scales of its own for each head"),
-        ("impl", "kv_cache_dtype", "int8_per_token_head", "KV cache of int8_per_token_head"),
+        ("impl", "kv_cache_dtype", "int8_per_token_head", "has a KV cache of int8_per_token_head"),
         ("impl", "use_alibi_sqrt", True, "ALiBi with square roots"),
         ("impl", "chunk_lookback", 2, "chunked attention"),
-        ("impl", "attn_type", "encoder_only", "attention of type encoder_only"),
+        ("impl", "attn_type", "encoder_only", "has attention of type encoder_only"),
     ],
 )
 def test_layer_that_cannot_be_steered(where, attribute, value, reason, config):

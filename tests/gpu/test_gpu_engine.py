@@ -18,7 +18,7 @@ import pytest
 import vllm
 from models import tiny_llama, tiny_model
 
-from vllm_pasta.integration.support import GPU_VLLM
+from vllm_pasta.integration.refusals import GPU_VLLM
 from vllm_pasta.verify.oracle import Oracle, Steering
 
 pytestmark = pytest.mark.skipif(
