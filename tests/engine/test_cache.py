@@ -5,7 +5,9 @@ from models import random_ids
 from vllm import SamplingParams
 
 from vllm_pasta import HeadSet, ResolvedEmphasis
+from vllm_pasta.integration.frontend.admission import Admitted
 from vllm_pasta.integration.scheduler.cache_keys import block_key
+from vllm_pasta.request.resolution import WIRE_KEY, strongest
 from vllm_pasta.verify.oracle import Steering
 
 PROMPT = random_ids(200, 9)
@@ -15,18 +17,29 @@ DIGEST = "a1269ab512a9868eef6d6c8f0fc22091"  # of HEADS and alpha 0.01; must nev
 STEERED = {"spans": [[70, 75]], "heads": HEADS, "alpha": 0.01}
 
 
+def extra_args(emphasis, prompt_len, factors):
+    """The request, with a factor for each span if there are any."""
+    if factors is None:
+        return {"emphasis": emphasis}
+    marks = zip(map(tuple, emphasis["spans"]), factors, strict=True)
+    spans, factors = strongest(marks, emphasis["alpha"])
+    heads = HeadSet.from_json(emphasis["heads"])
+    resolved = ResolvedEmphasis(spans, emphasis["alpha"], heads, prompt_len, factors)
+    return {WIRE_KEY: Admitted(resolved.to_wire())}
+
+
 @pytest.fixture
 def ask(small_batches, tiny_oracle):
     """Runs one request on an engine with an empty prefix cache; checks its tokens; counts hits."""
     small_batches.reset_prefix_cache()
 
-    def run(emphasis, prompt=PROMPT, max_tokens=4):
+    def run(emphasis, prompt=PROMPT, max_tokens=4, factors=None):
         params = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args=emphasis and {"emphasis": emphasis},
+            extra_args=emphasis and extra_args(emphasis, len(prompt), factors),
         )
         (request,) = small_batches.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
         steering = emphasis and Steering(
@@ -34,6 +47,7 @@ def ask(small_batches, tiny_oracle):
             {int(layer): heads for layer, heads in emphasis["heads"].items()},
             emphasis["alpha"],
             len(prompt),
+            factors,
         )
         tokens = list(request.outputs[0].token_ids)
         assert tokens == tiny_oracle.generate(prompt, max_tokens, steering)[0]
@@ -85,6 +99,20 @@ def test_after_different(change, shared_blocks, ask):
     """Only the blocks before both, or before the first difference."""
     assert ask(STEERED) == 0
     assert ask({**STEERED, **change}) == shared_blocks * BLOCK
+
+
+def test_after_other_strengths(ask):
+    """A span's factor is part of what may be shared: equal factors share everything."""
+    two = {**STEERED, "spans": [[70, 75], [150, 160]]}
+    assert ask(two, factors=[0.5, 1.0]) == 0
+    assert ask(two, factors=[0.5, 1.0]) == 6 * BLOCK
+    assert ask(two, factors=[0.5, 0.1]) == 4 * BLOCK
+    assert ask(two, factors=[0.6, 1.0]) == 2 * BLOCK
+    assert ask(two) == 2 * BLOCK
+    # The same spans and strengths from marks that overlap; of one that is as weak as no mark.
+    again = {**STEERED, "spans": [[70, 75], [71, 73], [150, 160], [10, 20]]}
+    assert ask(again, factors=[0.5, 0.1, 1.0, 0.01]) == 6 * BLOCK
+    assert ask(two, factors=[1.0, 1.0]) == 6 * BLOCK  # as without factors
 
 
 def test_next_turn(ask):
@@ -143,10 +171,9 @@ def test_preemption(engine, tiny, tiny_oracle):
         assert list(output.outputs[0].token_ids) == tiny_oracle.generate(prompt, 120, steering)[0]
 
 
-def key(start, end, spans=((70, 75),), alpha=0.01, heads=HEADS, prompt_len=200):
-    return block_key(
-        ResolvedEmphasis(tuple(spans), alpha, HeadSet.from_json(heads), prompt_len), start, end
-    )
+def key(start, end, spans=((70, 75),), alpha=0.01, heads=HEADS, prompt_len=200, factors=()):
+    heads = HeadSet.from_json(heads)
+    return block_key(ResolvedEmphasis(tuple(spans), alpha, heads, prompt_len, factors), start, end)
 
 
 def test_keys():
@@ -156,3 +183,6 @@ def test_keys():
     assert key(192, 224) == ("pasta", (None, (), 8))
     assert key(224, 256) == ("pasta", (None, (), 0))
     assert key(168, 200) is None
+    assert key(64, 96, factors=(0.5,)) == ("pasta", (DIGEST, ((6, 11, 0.5),), None))
+    touching = {"spans": ((70, 75), (75, 120)), "factors": (0.5, 1.0)}
+    assert key(64, 96, **touching) == ("pasta", (DIGEST, ((6, 11, 0.5), (11, 32)), None))

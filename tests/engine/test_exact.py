@@ -4,12 +4,16 @@ Broken by: a wrong bias, head, layer, row, span, prompt end or batch row; a skip
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import pytest
 import torch
 from models import random_ids, tiny_llama
 from vllm import SamplingParams
 
+from vllm_pasta import HeadSet, ResolvedEmphasis
+from vllm_pasta.integration.frontend.admission import Admitted
+from vllm_pasta.request.resolution import WIRE_KEY, strongest
 from vllm_pasta.verify.oracle import Oracle, Steering
 
 ALL_HEADS = {layer: [0, 1, 2, 3] for layer in range(4)}
@@ -25,27 +29,35 @@ class Case:
     heads: dict[int, list[int]] | None = None
     alpha: float = 0.01
     max_tokens: int = 16
+    factors: list[float] | None = None  # of the spans, where they are not all 1
 
     @property
     def steering(self):
         if self.spans is None:
             return None
-        return Steering(self.spans, self.heads, self.alpha, len(self.prompt))
+        return Steering(self.spans, self.heads, self.alpha, len(self.prompt), self.factors)
+
+    @property
+    def extra_args(self):
+        heads = self.spans and {str(layer): heads for layer, heads in self.heads.items()}
+        if self.factors:
+            spans, factors = strongest(zip(self.spans, self.factors, strict=True), self.alpha)
+            heads = HeadSet.from_json(heads)
+            resolved = ResolvedEmphasis(spans, self.alpha, heads, len(self.prompt), factors)
+            return {WIRE_KEY: Admitted(resolved.to_wire())}
+        return self.spans and {
+            "emphasis": {"spans": self.spans, "heads": heads, "alpha": self.alpha}
+        }
 
     @property
     def params(self):
-        emphasis = self.spans and {
-            "spans": self.spans,
-            "heads": {str(layer): heads for layer, heads in self.heads.items()},
-            "alpha": self.alpha,
-        }
         return SamplingParams(
             temperature=0,
             max_tokens=self.max_tokens,
             ignore_eos=True,
             detokenize=False,
             logprobs=-1,
-            extra_args=emphasis and {"emphasis": emphasis},
+            extra_args=self.extra_args,
         )
 
 
@@ -71,6 +83,18 @@ CASES = {
     "one-token prompt": Case([77], [(0, 1)], ALL_HEADS),
     "long generation": Case(SHORT, [(4, 9)], {1: [0, 1], 2: [2, 3]}, max_tokens=200),
     "plain long": Case(LONG, max_tokens=40),
+    **{
+        f"strengths: {name}": Case(LONG, spans, ALL_HEADS, alpha, 24, factors)
+        for name, alpha, spans, factors in (
+            # Each but the last two: a merge, over the chunks of 64 tokens and generated ones.
+            ("weaker and full", 0.01, [(30, 45), (60, 70), (150, 160)], [0.1, 1.0, 0.5]),
+            ("overlapping", 0.01, [(20, 140), (50, 60), (55, 90)], [0.1, 1.0, 0.3]),
+            ("none full", 0.001, [(30, 70), (120, 199)], [0.1, 0.02]),
+            ("above 1", 0.1, [(30, 70), (70, 75)], [0.5, 3.0]),
+            ("below alpha", 0.1, [(30, 70), (120, 135)], [1.0, 0.001]),
+            ("of alpha 1", 1.0, [(30, 70), (120, 135)], [0.01, 0.2]),
+        )
+    },
 }
 
 
@@ -123,6 +147,9 @@ def test_cases_differ(expected):
         rows = expected[name][1]
         assert (rows[0] - plain[0]).abs().max() > 50 * LOGPROB_TOLERANCE, name
     assert torch.equal(expected["alpha 1"][1], plain)
+    strengths = [rows[0] for name, (_, rows) in expected.items() if name.startswith("strengths")]
+    for a, b in combinations([*strengths, expected["plain long"][1][0]], 2):
+        assert (a - b).abs().max() > 50 * LOGPROB_TOLERANCE
 
 
 def test_n_greater_than_one(small_batches, tiny_oracle):

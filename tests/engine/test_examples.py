@@ -15,6 +15,9 @@ README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 SHOWN = re.compile(r"```python\n(from vllm import LLM\n.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
+pytestmark = pytest.mark.xdist_group("test_beam_search")  # where there are workers: one engine
+
+
 @pytest.fixture
 def example(smollm2, smollm2_engine, tmp_path, monkeypatch, capsys):
     """Runs a program as `python FILE MODEL` would, on the engine that tests share."""

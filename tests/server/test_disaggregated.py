@@ -292,9 +292,12 @@ def test_fingerprint():
         emphasis(alpha=0.02),
         emphasis(heads=HeadSet.from_json({"1": [0]})),
         emphasis(prompt_len=201),
+        emphasis(factors=(0.5,)),
+        emphasis(factors=(0.6,)),
         None,
     ]
     assert len({connectors.fingerprint(other) for other in others}) == len(others)
+    assert connectors.fingerprint(emphasis(factors=(1.0,))) == connectors.fingerprint(emphasis())
     plain = [None, emphasis(alpha=1.0), emphasis(spans=()), emphasis(spans=((0, 200),))]
     assert {connectors.fingerprint(other) for other in plain} == {"plain"}
 

@@ -134,7 +134,7 @@ def test_the_actor_is_named():
 
 def module_state(tree):
     """Names of a module that hold state between calls: globals that functions set, context
-    variables, caches, containers that begin empty."""
+    variables, caches, containers that are no constants."""
     local = {
         n.name for n in tree.body if isinstance(n, ast.ClassDef) and "local" in unparse(n.bases)
     }
@@ -148,9 +148,12 @@ def module_state(tree):
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             kind = unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-            empty = unparse(node.value) in ("[]", "{}", "set()")
-            if empty or kind in {"ContextVar", "WeakValueDictionary", *local}:
-                yield unparse(node.targets if isinstance(node, ast.Assign) else node.target)
+            name = unparse(node.targets if isinstance(node, ast.Assign) else node.target)
+            mutable = re.match(r"_?[a-z]", name) and isinstance(
+                node.value, ast.List | ast.Dict | ast.Set
+            )
+            if mutable or kind in {"ContextVar", "WeakValueDictionary", *local}:
+                yield name
 
 
 def foreign_attributes(tree):

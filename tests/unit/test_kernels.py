@@ -8,10 +8,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.kernels import reference
@@ -34,10 +37,12 @@ class Request:
     prompt_len: int | None = None
     alpha: float = 0.01
     heads: tuple[int, ...] = (0,)
+    factors: tuple[float, ...] = ()  # of the spans; all 1 where there are none
 
     def emphasis(self) -> ResolvedEmphasis:
         heads = HeadSet(((LAYER, self.heads),))
-        return ResolvedEmphasis(self.spans, self.alpha, heads, self.prompt_len or self.seq_len)
+        prompt_len = self.prompt_len or self.seq_len
+        return ResolvedEmphasis(self.spans, self.alpha, heads, prompt_len, self.factors)
 
 
 @dataclass
@@ -140,9 +145,11 @@ class Case:
             q_pos = torch.arange(r.seq_len - r.query_len, r.seq_len)[:, None]
             k_pos = torch.arange(r.seq_len)[None]
             hidden = (k_pos > q_pos) | (q_pos - k_pos >= self.kind.get("window", r.seq_len))
-            emphasised = sum((k_pos >= a) & (k_pos < b) for a, b in r.spans).bool()
-            scaled = steered & ~emphasised & (k_pos < (r.prompt_len or r.seq_len))
-            bias = torch.where(scaled, torch.tensor(r.alpha, dtype=torch.float64).log(), 0.0)
+            factor = torch.full_like(k_pos, r.alpha, dtype=torch.float64)
+            for (a, b), own in zip(r.spans, r.factors or [1.0] * len(r.spans), strict=True):
+                factor[(k_pos >= a) & (k_pos < b)] = own
+            factor[k_pos >= (r.prompt_len or r.seq_len)] = 1.0
+            bias = factor.log() if steered else torch.zeros_like(factor)
             bias = bias.masked_fill(hidden, float("-inf")).to(dtype)  # [T, S]
             before = q_pos < r.spans[0][0]
             rows = slice(self.starts[i], self.starts[i + 1])
@@ -181,6 +188,15 @@ MIXED = [
     # A chunk that begins before the first emphasised token and ends after it.
     Request(200, 90, ((150, 200),), heads=(0, 1, 2, 3)),
 ]
+
+# Spans of different strengths that touch, within a tile and over its edge.
+CUT = ((40, 45), (45, 60), (60, 101), (120, 130))
+CUT_REQUESTS = [
+    prefill(131, heads=(0, 1)),
+    decode(290, heads=(2,)),
+    Request(200, 77, heads=(0, 1, 2, 3)),
+]
+SINKS = {"sinks": torch.tensor([0.0, 3.0, -20.0, 10.0])}
 
 CASES = {
     **{f"context-{n}": Case([decode(n)]) for n in (1, 17, 97, 1025)},
@@ -259,6 +275,46 @@ CASES = {
         f"alpha-{a}": Case([prefill(97, alpha=a), decode(300, alpha=a)])
         for a in (1e-4, 1e-30, 0.5, 1.0, 100.0)
     },
+    **{
+        f"strengths-{name}": Case(
+            [replace(r, alpha=alpha, spans=CUT, factors=factors, **options) for r in CUT_REQUESTS],
+            kind=kind,
+            block_size=64,
+        )
+        for name, alpha, factors, options, kind in (
+            ("weaker", 0.01, (0.1, 1.0, 0.5, 0.02), {}, {}),
+            ("none-full", 0.001, (0.1, 0.01, 0.5, 0.02), {}, {}),
+            ("above-1", 0.3, (1.5, 1.0, 4.0, 0.7), {}, {}),
+            ("nearly-alpha", 0.9999, (0.99991, 1.0, 1.5, 1.0), {}, {}),
+            ("below-alpha", 0.01, (0.1, 1.0, 0.001, 1.0), {}, {}),
+            ("alpha-1", 1.0, (0.1, 3.0, 0.5, 2.0), {}, {}),
+            ("generated", 0.01, (0.1, 1.0, 2.5, 0.02), {"prompt_len": 150}, {}),
+            ("window", 0.01, (0.1, 1.0, 0.5, 0.02), {}, {"window": 40}),
+            ("window-within-one", 0.01, (0.1, 0.2, 0.3, 0.4), {"prompt_len": 250}, {"window": 9}),
+            ("sinks", 0.01, (0.1, 1.0, 3.0, 0.02), {}, SINKS),
+            ("sinks-direct", 0.01, (0.1, 1.0, 3.0, 0.002), {}, SINKS),
+            ("window-and-sinks", 0.01, (0.1, 0.2, 3.0, 0.02), {}, {**SINKS, "window": 9}),
+        )
+    },
+    # Were it merged, large numbers would cancel out.
+    "strengths-far-below-alpha": Case(
+        [
+            prefill(131, alpha=0.5, spans=((1, 131),), factors=(1e-6,)),
+            decode(290, alpha=0.5, spans=((1, 290),), factors=(1e-6,), heads=(0, 1, 2, 3)),
+        ]
+    ),
+    "strengths-split-keys": Case(
+        [decode(4001, spans=((100, 101), (900, 2000), (3000, 3900)), factors=(3.0, 0.1, 0.5))]
+    ),
+    "strengths-of-many-spans": Case(
+        [
+            prefill(
+                300,
+                spans=tuple((i, i + 1) for i in range(2, 258)),
+                factors=tuple(0.02 + i % 7 / 6 for i in range(256)),
+            )
+        ]
+    ),
 }
 
 
@@ -313,6 +369,13 @@ WHOLE = {
         ]
     ),
     "a group of 8": Case([decode(300, heads=(1, 6)), decode(33)], num_heads=8, num_kv_heads=1),
+    "strengths": Case(
+        [
+            decode(130, heads=(0, 1), spans=((3, 7), (7, 70)), factors=(0.2, 1.4)),
+            decode(97, heads=(0, 3), spans=((3, 7), (7, 70)), factors=(0.2, 0.001)),
+            decode(33),
+        ]
+    ),
     "window": Case([decode(300, heads=(1,)), decode(33)], kind={"window": 40}, block_size=32),
     "all kinds": Case([decode(300), decode(33, heads=(2,))], kind=CASES["all-kinds"].kind),
 }
@@ -343,6 +406,58 @@ def test_whole_layer(name, dtype, layout, kernel):
     KERNELS[kernel](case.query, case.kv_cache, output, plan, heads, case.attention, layout, True)
     tiny = torch.finfo(dtype).eps * truth.abs().max().item()
     assert error(output, truth) <= 2 * error(dense(dtype), truth) + tiny
+
+
+STRENGTHS = st.sampled_from((1e-4, 0.01, 0.1, 0.3, 0.5, 0.99, 1.0, 1.3, 4.0))
+
+
+@st.composite
+def strengths(draw) -> Case:
+    """Requests of any spans and factors: some can be merged, some cannot."""
+    requests = []
+    for _ in range(draw(st.integers(1, 3))):
+        seq_len = draw(st.integers(2, 300))
+        prompt_len = draw(st.integers(1, seq_len))
+        cuts = sorted(draw(st.sets(st.integers(0, prompt_len), min_size=2, max_size=12)))
+        spans = tuple(span for span in pairwise(cuts) if draw(st.booleans()))
+        spans = spans or ((cuts[0], cuts[-1]),)
+        requests.append(
+            Request(
+                seq_len,
+                draw(st.integers(1, seq_len - spans[0][0])),
+                spans,
+                prompt_len,
+                draw(STRENGTHS),
+                tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1)))),
+                tuple(draw(STRENGTHS) for _ in spans),
+            )
+        )
+    kind = draw(st.sampled_from(({}, SINKS, {"window": 50})))
+    return Case(requests, kind=kind, block_size=draw(st.sampled_from((32, 128))))
+
+
+@given(strengths())
+@settings(deadline=None, max_examples=25)
+def test_any_strengths_agree_with_dense(case):
+    """A factor at a wrong key, a merge where there must be none, or one that loses digits."""
+    truth = case.dense(torch.float64)
+    for kernel in KERNELS.values():
+        assert error(case.run(kernel), truth) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixed", "many-spans", "sinks", "window-100"])
+def test_full_strength_in_parts_is_one_strength_to_the_bit(name):
+    """A merge that rounds otherwise once there may be several strengths."""
+
+    def in_parts(r: Request) -> Request:
+        spans = [part for a, b in r.spans for part in ((a, (a + b) // 2), ((a + b) // 2, b))]
+        spans = [(a, b) for a, b in spans if a < b]
+        return replace(r, spans=tuple(spans), factors=(1.0,) * len(spans))
+
+    case = CASES[name]
+    parts = replace(case, requests=[in_parts(r) for r in case.requests])
+    results = [c.run(launch.steered_attention).nan_to_num() for c in (case, parts)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

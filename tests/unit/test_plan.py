@@ -1,9 +1,11 @@
 """Packing: what a kernel is told."""
 
+import math
+
 import torch
 
 from vllm_pasta import HeadSet, ResolvedEmphasis
-from vllm_pasta.steering.plan import StaticPlan, StepPlan
+from vllm_pasta.steering.plan import ENDLESS, StaticPlan, StepPlan
 
 A = ResolvedEmphasis(((4, 6), (8, 9)), 0.5, HeadSet.from_json({"0": [1, 2], "3": [0]}), 10)
 B = ResolvedEmphasis(((0, 1),), 2.0, HeadSet.from_json({"3": [5]}), 7)
@@ -13,10 +15,13 @@ def test_static():
     plan = StaticPlan.pack([(2, A), (5, B)])
     assert plan.batch_rows.tolist() == [2, 5]
     assert plan.first.tolist() == [4, 0]
-    assert plan.prompt_len.tolist() == [10, 7]
-    assert torch.allclose(plan.log_alpha, torch.tensor([0.5, 2.0]).log())
-    assert plan.span_offsets.tolist() == [0, 2, 3]
-    assert plan.spans.tolist() == [[4, 6], [8, 9], [0, 1]]
+    assert plan.segment_offsets.tolist() == [0, 6, 9]
+    assert plan.ends.tolist() == [4, 6, 8, 9, 10, ENDLESS, 1, 7, ENDLESS]
+    half, two = math.log(0.5), math.log(2.0)
+    expected = torch.tensor([half, 0, half, 0, half, 0, 0, two, 0])
+    assert torch.equal(plan.biases, expected)
+    assert plan.merge_weights.tolist() == [0, 1, 0, 1, 0, 1, 1, 1, 1]
+    assert torch.equal(plan.merge_bases, torch.tensor([half, 0]))
     heads = {layer: (h.offsets.tolist(), h.heads.tolist()) for layer, h in plan.layers.items()}
     assert heads == {0: ([0, 2, 2], [1, 2]), 3: ([0, 1, 2], [0, 5])}
 

@@ -88,7 +88,7 @@ def test_sampled_tokens_need_not_be_first_choices(model, requests):
 
 def test_requests():
     """Steered and plain ones share prompts; some come in chunks; no two are steered alike."""
-    size = Size(layers=4, heads=8, kv_heads=2, head_size=64, vocab=256)
+    size = Size(4, tuple(range(4)), heads=8, kv_heads=2, head_size=64, vocab=256)
     requests = mixed(size)
     assert len(requests) > run.SLOTS
     assert [r.emphasis is None for r in requests] == [True, False, False, False] * 6
@@ -133,7 +133,7 @@ def test_shapes(name, parameters, tmp_path):
 
 def test_workload():
     """Steered and plain batches of one seed have the same prompts; the emphasis is as asked."""
-    size = Size(layers=10, heads=10, kv_heads=2, head_size=64, vocab=256)
+    size = Size(10, tuple(range(10)), heads=10, kv_heads=2, head_size=64, vocab=256)
     workload = Workload("", 4, 100, 2, emphasised_tokens=20)
     plain, steered = (workload.batch(3, size, is_steered) for is_steered in (False, True))
     assert [r.prompt for r in plain] == [r.prompt for r in steered]

@@ -1,12 +1,14 @@
 """Steered attention in plain torch: readable, any device, exact. Every other kernel is held to it.
 
-For a steered query head, the logits of the prompt's tokens outside the emphasised spans get
-``log(alpha)`` added before the softmax, which scales their attention by alpha and renormalises
-(PASTA, equation 2). Generated tokens are never scaled.
+For a steered query head, the logits of the prompt's tokens get the log of their factor added before
+the softmax (``log(alpha)`` outside the emphasised spans, nothing within those of full strength),
+which scales their attention by that factor and renormalises (PASTA, equation 2). Generated tokens
+are never scaled.
 """
 
 import torch
 
+from vllm_pasta.steering.bias import key_bias
 from vllm_pasta.steering.plan import LayerAttention, LayerHeads, StepPlan
 
 
@@ -38,7 +40,7 @@ def steered_attention(
     static = plan.static
     group_size = query.shape[1] // kv_cache.shape[1]
     head_bounds = layer_heads.offsets.tolist()
-    span_bounds = static.span_offsets.tolist()
+    segment_bounds = static.segment_offsets.tolist()
     for r in range(len(static.batch_rows)):
         heads = layer_heads.heads[head_bounds[r] : head_bounds[r + 1]].long()
         seq_len, query_len = int(plan.seq_len[r]), int(plan.query_len[r])
@@ -50,11 +52,8 @@ def steered_attention(
         if len(heads) == 0 or skip >= query_len:
             continue
 
-        bias = torch.zeros(seq_len)
-        bias[: int(static.prompt_len[r])] = static.log_alpha[r]
-        for start, end in static.spans[span_bounds[r] : span_bounds[r + 1]].tolist():
-            bias[start:end] = 0.0
-
+        cut = slice(segment_bounds[r], segment_bounds[r + 1])
+        bias = key_bias(static.ends[cut].tolist(), static.biases[cut].tolist(), seq_len)
         begin = int(plan.query_start[r])
         rows = slice(begin + skip, begin + query_len)
         position = torch.arange(computed + skip, seq_len)[:, None]

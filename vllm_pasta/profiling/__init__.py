@@ -1,6 +1,6 @@
 """Evaluates emphasis and searches for the heads to steer, over vLLM's public ``LLM``.
 
-A profile goes `search` -> `ranking` -> `selection` (and `sizes`) -> `report`; an evaluation goes
-`methods` -> `evaluation` -> `tables`. Both ask the model through `asker`,
-which keeps the answers in a `store`.
+A profile ranks and selects heads (`search`) and writes what it found (`report`). An evaluation asks
+the same examples by different `methods` (`evaluation`) and shows a table (`report`). Both ask the
+model through `asker`, which keeps the answers in a `store`.
 """

@@ -5,6 +5,7 @@ batch's members: spans, alpha and heads of each steered request. ``StepPlan`` ad
 every step: which query rows and how much context each request has.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ import numpy as np
 import torch
 
 from vllm_pasta.request.resolution import ResolvedEmphasis
+from vllm_pasta.steering import bias
 
 MIN_WHOLE_SHARE = 0.25
 """See `StepPlan.takes_whole`."""
+
+ENDLESS = 2**31 - 1
+"""The end of a segment that has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,25 +70,30 @@ class LayerHeads:
 
 @dataclass(frozen=True)
 class StaticPlan:
-    """The steered requests of a batch: R requests with S spans in all.
+    """The steered requests of a batch: R requests with S segments (see ``bias``) in all.
 
     Attributes:
         batch_rows: int64 ``[R]`` (numpy); row of each request in the batch.
         first: int32 ``[R]``; position of the first emphasised token.
-        prompt_len: int32 ``[R]``; tokens from there on are generated.
-        log_alpha: float32 ``[R]``; added to the logits of the prompt's other tokens.
-        span_offsets: int32 ``[R + 1]``; request r's spans are
-            ``spans[span_offsets[r]:span_offsets[r + 1]]``.
-        spans: int32 ``[S, 2]``; half-open token ranges, sorted and disjoint per request.
+        segment_offsets: int32 ``[R + 1]``; request r's segments are
+            ``segment_offsets[r]:segment_offsets[r + 1]``.
+        ends: int32 ``[S]``; where each segment of keys ends. A request's last one holds what is
+            generated, and has no end.
+        biases: float32 ``[S]``; added to the logits of the segment's keys.
+        merge_weights: float32 ``[S]``; what of a segment's keys a merge adds to the plain output,
+            times ``1 - exp(merge_bases)``: see `bias.merge_base`.
+        merge_bases: float32 ``[R]``; log of what the plain output counts for; 0 where the request
+            must be computed without it.
         layers: Heads per layer (numbered over the whole model); layers without are left out.
     """
 
     batch_rows: np.ndarray
     first: torch.Tensor
-    prompt_len: torch.Tensor
-    log_alpha: torch.Tensor
-    span_offsets: torch.Tensor
-    spans: torch.Tensor
+    segment_offsets: torch.Tensor
+    ends: torch.Tensor
+    biases: torch.Tensor
+    merge_weights: torch.Tensor
+    merge_bases: torch.Tensor
     layers: dict[int, LayerHeads]
 
     @classmethod
@@ -109,18 +119,15 @@ class StaticPlan:
                     local = [h for h in local if h < end - head_offset]
                 if local:
                     layers.setdefault(layer, [[] for _ in requests])[r] = local
-        spans = [emphasis.spans for _, emphasis in requests]
+        cuts, weights, bases = zip(*(_segments(emphasis) for _, emphasis in requests), strict=True)
         return cls(
             batch_rows=np.array([row for row, _ in requests], dtype=np.int64),
             first=_int32([emphasis.first for _, emphasis in requests]),
-            prompt_len=_int32([emphasis.prompt_len for _, emphasis in requests]),
-            log_alpha=torch.tensor(
-                [emphasis.alpha for _, emphasis in requests], dtype=torch.float64
-            )
-            .log()
-            .float(),
-            span_offsets=_offsets(spans),
-            spans=_int32([span for group in spans for span in group]).reshape(-1, 2),
+            segment_offsets=_offsets(cuts),
+            ends=_int32([segment.end for cut in cuts for segment in cut]),
+            biases=_float32([segment.bias for cut in cuts for segment in cut]),
+            merge_weights=_float32([weight for row in weights for weight in row]),
+            merge_bases=_float32(bases),
             layers={layer: LayerHeads.pack(heads) for layer, heads in layers.items()},
         )
 
@@ -194,8 +201,23 @@ class StepPlan:
         )
 
 
-def _int32(values: Sequence[int] | Sequence[tuple[int, int]]) -> torch.Tensor:
+def _segments(emphasis: ResolvedEmphasis) -> tuple[list[bias.Segment], list[float], float]:
+    """One request's segments, their merge weights, and the log of its merge base."""
+    alpha, factors = emphasis.alpha, emphasis.factors
+    cut = bias.segments(emphasis.spans, alpha, emphasis.prompt_len, factors)
+    cut.append(bias.Segment(ENDLESS, 1.0))
+    base = bias.merge_base(alpha, factors)
+    if base is None:
+        return cut, [1.0] * len(cut), 0.0
+    return cut, [bias.merge_weight(alpha, base, s.factor) for s in cut], math.log(base)
+
+
+def _int32(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def _float32(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _offsets(groups: Sequence[Sequence[object]]) -> torch.Tensor:

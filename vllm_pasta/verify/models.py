@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vllm_pasta.request.shape import attention_layers
+
 
 @dataclass(frozen=True)
 class Size:
@@ -13,6 +15,7 @@ class Size:
 
     Attributes:
         layers: Number of layers.
+        attention_layers: Those that have heads; the others of a hybrid model have a recurrence.
         heads: Query heads of each layer.
         kv_heads: Key and value heads of each layer.
         head_size: Elements of a head.
@@ -20,6 +23,7 @@ class Size:
     """
 
     layers: int
+    attention_layers: tuple[int, ...]
     heads: int
     kv_heads: int
     head_size: int
@@ -34,6 +38,7 @@ class Size:
         heads = config.num_attention_heads
         return cls(
             config.num_hidden_layers,
+            attention_layers(config, config.num_hidden_layers),
             heads,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,

@@ -1,10 +1,9 @@
 """An independent reference: PASTA on transformers, one sequence at a time.
 
-An attention function with an additive bias: for a steered head, log(alpha) on every key of the
-prompt outside the emphasised ranges. Imports nothing of vllm-pasta.
+An attention function with an additive bias: for a steered head, the log of its factor on every key
+of the prompt: alpha outside the emphasised ranges. Imports nothing of vllm-pasta.
 """
 
-import math
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +22,25 @@ from transformers import (
 
 @dataclass
 class Steering:
-    """``spans`` of token positions, ``heads`` as {layer: [query heads]}."""
+    """``spans`` of token positions, ``heads`` as {layer: [query heads]}, ``factors`` of the spans.
+
+    Where spans overlap, the largest factor counts; None means that all are 1.
+    """
 
     spans: list[tuple[int, int]]
     heads: dict[int, list[int]]
     alpha: float
     prompt_len: int
+    factors: list[float] | None = None
+
+    def key_factors(self, count: int) -> torch.Tensor:
+        """By how much attention to each of the first ``count`` tokens is scaled: float64."""
+        result = torch.full((count,), self.alpha, dtype=torch.float64)
+        factors = self.factors or [1.0] * len(self.spans)
+        for factor, (start, end) in sorted(zip(factors, self.spans, strict=True)):
+            result[start:end] = factor  # the largest comes last
+        result[self.prompt_len :] = 1.0
+        return result
 
 
 RECURRENCES = ("conv", "hybrid", "linear_attention", "mamba")
@@ -57,15 +69,12 @@ def _add_bias(logits: torch.Tensor, layer: int, position: torch.Tensor) -> None:
     """
     if _current is None or layer not in _current.heads:
         return
-    emphasised = {t for a, b in _current.spans for t in range(a, b)}
-    bias = torch.tensor(
-        [
-            math.log(_current.alpha) if t < _current.prompt_len and t not in emphasised else 0.0
-            for t in range(logits.shape[-1])
-        ],
-        device=logits.device,
-    )
-    steered = position >= min(emphasised)
+    factors = _current.key_factors(logits.shape[-1])
+    marked = (factors[: _current.prompt_len] != _current.alpha).nonzero()
+    if len(marked) == 0:
+        return
+    bias = factors.log().float().to(logits.device)
+    steered = position >= int(marked[0])
     for head in _current.heads[layer]:
         logits[:, head] += torch.where(steered[:, None], bias, 0.0)
 

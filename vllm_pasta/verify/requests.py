@@ -82,9 +82,9 @@ def _emphasis(rng: random.Random, size: Size, length: int) -> dict[str, Any]:
         start = rng.randrange(length)
         spans.append([start, min(length, start + rng.randint(1, 24))])
     if rng.random() < 0.25:
-        heads = {str(layer): list(range(size.heads)) for layer in range(size.layers)}
+        heads = {str(layer): list(range(size.heads)) for layer in size.attention_layers}
     else:
-        layers = rng.sample(range(size.layers), rng.randint(1, size.layers))
+        layers = rng.sample(size.attention_layers, rng.randint(1, len(size.attention_layers)))
         most = min(8, size.heads)
         heads = {
             str(layer): sorted(rng.sample(range(size.heads), rng.randint(1, most)))

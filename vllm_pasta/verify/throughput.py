@@ -66,7 +66,8 @@ class Workload:
     def _emphasis(self, rng: random.Random, size: Size) -> dict[str, Any]:
         length = min(self.emphasised_tokens, self.prompt_tokens)
         start = rng.randrange(max(1, self.prompt_tokens // 2 - length))
-        layers = sorted(rng.sample(range(size.layers), max(1, round(self.layers * size.layers))))
+        among = size.attention_layers
+        layers = sorted(rng.sample(among, max(1, round(self.layers * len(among)))))
         count = max(1, round(self.heads * size.heads))
         return {
             "spans": [[start, start + length]],
@@ -142,7 +143,7 @@ class Pair:
             "disable_log_stats": True,
             "max_model_len": max(w.tokens for w in workloads) + 1,
             "gpu_memory_utilization": memory_utilization,
-            "kv_cache_memory_bytes": self.size.kv_bytes(tokens, element_bytes),
+            "kv_cache_memory_bytes": max(2**28, self.size.kv_bytes(tokens, element_bytes)),
             **options,
         }
         self.engines = {

@@ -21,13 +21,14 @@ def block_key(emphasis: ResolvedEmphasis, start: int, end: int) -> tuple[Any, ..
 
     Returns:
         ``(TAG, (digest, overlaps, prompt_end))``: digest of alpha and heads where there is an
-        overlap, else None; the overlaps relative to the block; the prompt's end relative to the
-        block, if the block holds tokens at or past it, else None. In the shape of vLLM's own keys,
-        a tag and a value. Hashable, and the same in every process.
+        overlap, else None; the overlaps relative to the block, each followed by its factor unless
+        that is 1; the prompt's end relative to the block, if the block holds tokens at or past it,
+        else None. In the shape of vLLM's own keys, a tag and a value. Hashable, and the same in
+        every process.
     """
     overlaps = tuple(
-        (max(a, start) - start, min(b, end) - start)
-        for a, b in emphasis.spans
+        (max(a, start) - start, min(b, end) - start, *([] if factor == 1.0 else [factor]))
+        for (a, b), factor in zip(emphasis.spans, emphasis.span_factors, strict=True)
         if a < end and b > start
     )
     prompt_end = max(emphasis.prompt_len - start, 0) if end > emphasis.prompt_len else None

@@ -1,21 +1,23 @@
 // Steered attention on the CPU: one pass over the keys with an online softmax (FlashAttention), a
-// per-key bias of log(alpha), and vLLM's paged KV cache read in place.
+// per-key bias (the log of its factor), and vLLM's paged KV cache read in place.
 //
-// Let G be the scaled keys and U the others (emphasised or generated), Z and N their sums of
-// weights exp(logit + bias) and of weighted values: the steered output is
-// (N_G + N_U) / (Z_G + Z_U). The plain output, which the caller provides, is
-// P = (N_G / alpha + N_U) / (Z_G / alpha + Z_U): it gives N_G without reading G's values. So for
-// alpha < 1
+// With a key's bias log f, let w be its weight exp(logit + bias), Z the sum of weights, and a the
+// factor of the request's unmarked keys. The steered output is (sum of w v) / Z. The plain output P,
+// which the caller provides, gives the sums over the unmarked keys without their values being read.
+// So where no factor is below a, and a is below 1,
 //
-//     steered = (P * (Z_G + alpha * Z_U) + (1 - alpha) * N_U) / (Z_G + Z_U)
+//     steered = (P * (Z - K + b K) + (1 - b) * (sum of g w v)) / Z,     K = sum of g w
 //
-// with no difference of large numbers in it. That saves half of the memory traffic, which is what
-// bounds decoding, and half of the arithmetic of a prefill. For alpha >= 1 all keys count as U.
+// with b = a / (the largest factor) and a key's merge weight g = (1 - a / f) / (1 - b): 0 for an
+// unmarked key, 1 for the largest factor. There is no difference of large numbers in it. That saves
+// the memory traffic of most values, which is what bounds decoding, and half of the arithmetic of a
+// prefill. Elsewhere the request is computed from all keys, as if all g were 1 and b were 0.
 //
 // Where the caller wants the whole layer, there is no plain output: every head of every request is
-// computed, the steered ones with the bias and the others without, and all keys count as U.
+// computed from all keys, the steered ones with the bias and the others without.
 //
-// A sliding window bounds a row's keys from below. A sink is one more key of U, without a value.
+// A sliding window bounds a row's keys from below. A sink is one more key of factor 1, without a
+// value.
 //
 // Work is cut into units: one request, one KV head with its steered query heads, some query rows,
 // some keys. A unit's rows are (query row, head) pairs, so a tile of K and V, once read, serves
@@ -38,8 +40,8 @@ extern "C" {
 struct Batch {  // plan.StepPlan
   int64_t num_requests, max_blocks;
   const int32_t *query_start, *query_len, *seq_len, *block_table;
-  const int32_t *first, *prompt_len, *span_offsets, *spans;
-  const float* log_alpha;
+  const int32_t *first, *segment_offsets, *ends;
+  const float *biases, *merge_weights, *merge_bases;
 };
 
 struct Shape {  // of one layer's tensors; strides in elements
@@ -85,20 +87,26 @@ struct Merge {  // the units that share query rows and have different keys
   long unit, count;
 };
 
-struct Scratch {  // one thread's; as vectors, so that rows start at cache lines
-  std::vector<f32> query, query16, logits, weights16, sums, bias;  // 16: in bf16, for AMX
+struct alignas(64) CacheLine {
+  float values[16];
+};
+using Buffer = std::vector<CacheLine>;
+
+struct Scratch {  // one thread's
+  Buffer query, query16, logits, weights16, sums, bias, keep;  // 16: in bf16, for AMX
   void resize(long head_size) {
-    query.resize(MAX_ROWS * head_size / LANES);
-    query16.resize(MAX_ROWS * head_size / LANES / 2);
-    logits.resize(MAX_ROWS * KEY_STRIDE / LANES);
-    weights16.resize(MAX_ROWS * KEY_STRIDE / LANES / 2);
-    sums.resize(MAX_ROWS * head_size / LANES);
-    bias.resize(MAX_KEYS / LANES);
+    query.resize(MAX_ROWS * head_size / 16);
+    query16.resize(MAX_ROWS * head_size / 32);
+    logits.resize(MAX_ROWS * KEY_STRIDE / 16);
+    weights16.resize(MAX_ROWS * KEY_STRIDE / 32);
+    sums.resize(MAX_ROWS * head_size / 16);
+    bias.resize(MAX_KEYS / 16);
+    keep.resize(MAX_KEYS / 16);
   }
 };
 
 template <class T>
-T* as(std::vector<f32>& buffer) {
+T* as(Buffer& buffer) {
   return reinterpret_cast<T*>(buffer.data());
 }
 
@@ -107,14 +115,19 @@ struct PartState {
   float max, sum, kept;
 };
 
-// Whether rows that see keys among [begin, end) alone are plain: no key is scaled, or all are.
+// Index of the segment that holds a request's key.
+long segment_of(const Batch& batch, int r, long key) {
+  return std::upper_bound(batch.ends + batch.segment_offsets[r],
+                          batch.ends + batch.segment_offsets[r + 1], key) -
+         batch.ends;
+}
+
+// Whether rows that see keys among [begin, end) alone are plain: all keys have the same factor.
 bool is_plain(const Batch& batch, const Layer& layer, int r, long begin, long end) {
-  long unscaled = end - std::clamp<long>(batch.prompt_len[r], begin, end);
-  for (int i = batch.span_offsets[r]; i < batch.span_offsets[r + 1]; ++i) {
-    const int32_t* span = batch.spans + 2 * i;
-    unscaled += std::max(0L, std::min<long>(span[1], end) - std::max<long>(span[0], begin));
-  }
-  return unscaled == end - begin || (unscaled == 0 && !layer.sinks);
+  const long first = segment_of(batch, r, begin), last = segment_of(batch, r, end - 1);
+  for (long i = first; i < last; ++i)
+    if (batch.biases[i] != batch.biases[i + 1]) return false;
+  return batch.biases[first] == 0.0f || !layer.sinks;
 }
 
 // Cuts the layer's work into units, none much larger than a thread's share.
@@ -204,26 +217,25 @@ struct Kernel {
   long partial_size() const { return MAX_ROWS * (shape.head_size + STATE); }
 
   bool reuses_plain(int request) const {
-    return !layer.whole && batch.log_alpha[request] < 0.0f;
+    return !layer.whole && batch.merge_bases[request] < 0.0f;
   }
 
-  // The bias of keys [key, key + n): log(alpha) for the prompt's tokens outside the spans. Returns
-  // the least range that holds all whose bias is 0, from a multiple of 32 on.
-  std::pair<long, long> fill_bias(int r, long key, long n, float* bias) const {
-    const long prompt = std::clamp<long>(batch.prompt_len[r] - key, 0, n);
-    std::fill(bias, bias + prompt, batch.log_alpha[r]);
-    std::fill(bias + prompt, bias + MAX_KEYS, 0.0f);
-    long first = prompt, last = prompt < n ? n : 0;
-    const int32_t* end = batch.spans + 2 * batch.span_offsets[r + 1];
-    for (const int32_t* span = batch.spans + 2 * batch.span_offsets[r];
-         span < end && span[0] < key + n; span += 2)
-      if (span[1] > key) {
-        const long from = std::max<long>(span[0] - key, 0);
-        const long to = std::min<long>(span[1] - key, n);
-        std::fill(bias + from, bias + to, 0.0f);
+  // The bias of keys [key, key + n), and their merge weights. Returns the least range that holds
+  // all whose merge weight is not 0, from a multiple of 32 on.
+  std::pair<long, long> fill_bias(int r, long key, long n, float* bias, float* keep) const {
+    long first = n, last = 0;
+    for (long i = segment_of(batch, r, key), from = 0; from < n; ++i) {
+      const long to = std::min<long>(batch.ends[i] - key, n);
+      std::fill(bias + from, bias + to, batch.biases[i]);
+      std::fill(keep + from, keep + to, batch.merge_weights[i]);
+      if (batch.merge_weights[i] != 0.0f) {
         first = std::min(first, from);
-        last = std::max(last, to);
+        last = to;
       }
+      from = to;
+    }
+    std::fill(bias + n, bias + MAX_KEYS, 0.0f);
+    std::fill(keep + n, keep + MAX_KEYS, 1.0f);
     return {first / 32 * 32, last};
   }
 
@@ -231,7 +243,7 @@ struct Kernel {
 
   // Products of the tile at `key` to logits, before the bias.
   void shape_logits(const Unit& unit, long first_position, long key, long n, float* logits) const {
-    const f32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const f32 lane = __builtin_convertvector(lanes(), f32);
     for (long m = 0; m < unit.rows * unit.num_heads; ++m, logits += KEY_STRIDE) {
       const long position = first_position + m / unit.num_heads;
       const int32_t head = unit.heads[m % unit.num_heads];
@@ -278,7 +290,8 @@ struct Kernel {
     float ones[MAX_ROWS];
     std::fill(ones, ones + MAX_ROWS, 1.0f);
     float *query = as<float>(scratch.query), *logits = as<float>(scratch.logits);
-    float *sums = as<float>(scratch.sums), *bias = as<float>(scratch.bias);
+    float *sums = as<float>(scratch.sums);
+    float *bias = as<float>(scratch.bias), *keep = as<float>(scratch.keep);
     T *query16 = as<T>(scratch.query16), *weights16 = as<T>(scratch.weights16);
     for (long m = 0; m < rows; ++m) {
       const T* source = static_cast<const T*>(layer.query) +
@@ -321,12 +334,12 @@ struct Kernel {
       if (key < first_position + unit.rows - shape.window)
         hide_before_window(unit, first_position, key, n, logits);
 
-      auto [first, last] = fill_bias(r, key, n, bias);
+      auto [first, last] = fill_bias(r, key, n, bias, keep);
       if (!reuses_plain(r)) first = 0, last = n;
       const auto weigh = !reuses_plain(r) ? softmax_rows<Keep::ALL>
-                         : first < last   ? softmax_rows<Keep::UNBIASED>
+                         : first < last   ? softmax_rows<Keep::SOME>
                                           : softmax_rows<Keep::NONE>;
-      weigh(logits, bias, unit.steered, n, first_position + 1 - key, unit.num_heads, rows,
+      weigh(logits, bias, keep, unit.steered, n, first_position + 1 - key, unit.num_heads, rows,
             shapes_logits() ? 1.0f : shape.scale, state, rescale);
       if (first >= last) continue;
       values += first / 2 * value_strides.pair;
@@ -389,12 +402,13 @@ struct Kernel {
       const float max = std::max(state.max, layer.sinks[head]);
       const float sink = std::exp(layer.sinks[head] - max);
       rescale = std::exp(state.max - max);
-      state = {max, state.sum * rescale + sink, state.kept * rescale + sink};
+      const float keep = batch.merge_weights[batch.segment_offsets[unit.request + 1] - 1];
+      state = {max, state.sum * rescale + sink, state.kept * rescale + keep * sink};
     }
-    const float alpha = std::exp(batch.log_alpha[unit.request]);
-    const float plain_share = (state.sum - state.kept + alpha * state.kept) / state.sum;
+    const float base = std::exp(batch.merge_bases[unit.request]);
+    const float plain_share = (state.sum - state.kept + base * state.kept) / state.sum;
     const bool reuse = reuses_plain(unit.request);
-    const float factor = (reuse ? 1.0f - alpha : 1.0f) * rescale / state.sum;
+    const float factor = (reuse ? 1.0f - base : 1.0f) * rescale / state.sum;
     for (long d = 0; d < shape.head_size; d += LANES) {
       f32 result = load<f32>(sums + d) * factor;
       if (reuse) result += Element::widen(target + d) * plain_share;

@@ -119,7 +119,7 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int64, "num_requests max_blocks"),
         *_fields(ctypes.c_void_p, "query_start query_len seq_len block_table"),
-        *_fields(ctypes.c_void_p, "first prompt_len span_offsets spans log_alpha"),
+        *_fields(ctypes.c_void_p, "first segment_offsets ends biases merge_weights merge_bases"),
     ]
 
 
@@ -151,11 +151,11 @@ def _batch(plan: StepPlan) -> _Batch:
             _address(name, getattr(plan, name))
             for name in ("query_start", "query_len", "seq_len", "block_table")
         ),
+        *(_address(name, getattr(static, name)) for name in ("first", "segment_offsets", "ends")),
         *(
-            _address(name, getattr(static, name))
-            for name in ("first", "prompt_len", "span_offsets", "spans")
+            _address(name, getattr(static, name), torch.float32)
+            for name in ("biases", "merge_weights", "merge_bases")
         ),
-        _address("log_alpha", static.log_alpha, torch.float32),
     )
 
 
@@ -283,11 +283,16 @@ def _compile(compiler: list[str], library: Path) -> None:
     logger.info("compiling the CPU kernel of vllm-pasta (once for this machine)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         object_file, result = f"{folder}/cpu.o", f"{folder}/cpu.so"
-        _run(*compiler, *FLAGS, "-c", str(SOURCES[0]), "-o", object_file)
+        _run(*compiler, *_flags(), "-c", str(SOURCES[0]), "-o", object_file)
         # Linked without -fopenmp: the OpenMP symbols resolve to the runtime that torch has loaded
         # (or LD_PRELOAD gave). A second one in the process would bring its own, unbound threads.
         _run(*compiler, "-shared", object_file, "-o", result)
         os.replace(result, library)
+
+
+def _flags() -> list[str]:
+    """``CXXFLAGS`` come last: -march=x86-64-v3 there builds what a CPU with AVX2 alone runs."""
+    return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
 def _run(*command: str) -> str:
@@ -304,7 +309,7 @@ def _key(compiler: list[str]) -> str:
     """Digest of all that decides what the compiled kernel is and where it runs."""
     facts = (
         *(source.read_text() for source in SOURCES),
-        *FLAGS,
+        *_flags(),
         _run(*compiler, "--version"),
         torch.__version__,
         str(sysconfig.get_config_var("SOABI")),

@@ -5,7 +5,9 @@
 // faster than the one AVX-512 bf16 dot product that would do the same, and they round nothing.
 // AMX is much faster than either; it is used where there are rows enough to fill its tiles.
 //
-// Vectors are the compiler's own (16 floats), so that the same code runs with AVX-512, AVX2, NEON.
+// Vectors are the compiler's own, so that the same code runs with AVX-512, AVX2 and NEON. They are as
+// long as the machine's: of longer ones GCC keeps none in registers and compares lane by lane, which
+// made the AVX2 kernel 5 times slower than the AVX-512 one in decoding, and 50 times in a prefill.
 
 #pragma once
 
@@ -13,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__F16C__) || defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -24,15 +27,24 @@
 
 namespace {
 
-constexpr int LANES = 16;
+constexpr int COLUMNS = 16;    // of a group in vLLM's layout "amx"
 constexpr int MAX_ROWS = 48;   // (query row, head) pairs of a unit: AMX holds as many
 constexpr int MAX_KEYS = 128;  // keys of a tile: the logits of all rows stay in L1
 constexpr int KEY_STRIDE = MAX_KEYS + 32;  // of a row of logits; the excess is zero, for AMX
+constexpr int ROWS = 6;                    // of a product held in registers, at most
 
-#ifdef __AVX512F__
-constexpr int ROWS = 6, GROUPS = 4;  // of a product held in registers: 32 of 16 floats
+// Floats in a vector, and how many vectors beside each other a product of `rows` rows holds in
+// registers: a power of two. AVX-512 has 32 registers, the others may have no more than 16.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int groups_of(int) { return 4; }
 #else
-constexpr int ROWS = 2, GROUPS = 2;  // 16 registers of 8 floats, or less
+#ifdef __AVX2__
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int groups_of(int rows) { return rows > 3 ? 2 : rows > 1 ? 4 : 8; }
 #endif
 
 typedef float f32 __attribute__((vector_size(LANES * 4)));
@@ -52,21 +64,30 @@ inline void store(void* p, V v) {
 inline f32 splat(float x) { return f32{} + x; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
-template <int... I>
-inline f32 shuffle(f32 v) {
+
+// 0, 1, 2, …
+template <size_t... I>
+inline i32 count(std::index_sequence<I...>) {
+  return i32{(int32_t)I...};
+}
+inline i32 lanes() { return count(std::make_index_sequence<LANES>()); }
+
+// Swaps lanes that are `DISTANCE`, a power of two, apart.
+template <int DISTANCE, size_t... I>
+inline f32 swap(f32 v, std::index_sequence<I...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(v, v, I...);
+  return __builtin_shufflevector(v, v, (I ^ DISTANCE)...);
 #else
-  return __builtin_shuffle(v, i32{I...});
+  return __builtin_shuffle(v, i32{(int32_t)(I ^ DISTANCE)...});
 #endif
 }
-template <class Op>
+template <int DISTANCE = LANES / 2, class Op>
 inline float reduce(f32 v, Op op) {
-  v = op(v, shuffle<8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7>(v));
-  v = op(v, shuffle<4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11>(v));
-  v = op(v, shuffle<2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13>(v));
-  v = op(v, shuffle<1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14>(v));
-  return v[0];
+  v = op(v, swap<DISTANCE>(v, std::make_index_sequence<LANES>()));
+  if constexpr (DISTANCE > 1)
+    return reduce<DISTANCE / 2>(v, op);
+  else
+    return v[0];
 }
 inline float reduce_max(f32 v) {
   return reduce(v, [](f32 a, f32 b) { return max(a, b); });
@@ -104,7 +125,7 @@ inline f32 tanh(f32 x) {
   return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
 }
 
-// ---- Element types: 16 of them to floats and back --------------------------------------------
+// ---- Element types: a vector of them to floats and back ---------------------------------------
 
 struct Float {
   using T = float;
@@ -123,19 +144,19 @@ struct BFloat16 {
   }
 };
 
-#ifdef __F16C__
+#if defined(__F16C__) && defined(__AVX2__)
 struct Half {
   using T = uint16_t;
   static f32 widen(const T* p) {
-    const __m256 halves[2] = {_mm256_cvtph_ps(load<__m128i>(p)),
-                              _mm256_cvtph_ps(load<__m128i>(p + 8))};
-    return load<f32>(halves);
+    __m256 parts[LANES / 8];
+    for (int i = 0; i < LANES / 8; ++i) parts[i] = _mm256_cvtph_ps(load<__m128i>(p + 8 * i));
+    return load<f32>(parts);
   }
   static void narrow(f32 v, T* p) {
-    __m256 halves[2];
-    store(halves, v);
-    store(p, _mm256_cvtps_ph(halves[0], _MM_FROUND_TO_NEAREST_INT));
-    store(p + 8, _mm256_cvtps_ph(halves[1], _MM_FROUND_TO_NEAREST_INT));
+    __m256 parts[LANES / 8];
+    store(parts, v);
+    for (int i = 0; i < LANES / 8; ++i)
+      store(p + 8 * i, _mm256_cvtps_ph(parts[i], _MM_FROUND_TO_NEAREST_INT));
   }
 };
 #else
@@ -150,10 +171,10 @@ struct Half {
 // ---- KV cache layouts -------------------------------------------------------------------------
 //
 // A block holds its keys and then its values. As matrix B of a product, either is cut into groups
-// of 16 columns; within one, two consecutive k at a time are loaded.
+// of columns, one for each lane; two consecutive k at a time are loaded.
 
 struct Strides {
-  long group, pair, second;  // elements: to the next 16 columns, next two k, the second k of two
+  long group, pair, second;  // elements: to the next group, next two k, the second k of two
 };
 
 // K as [head_size, block_size], V as [block_size, head_size]: vLLM's "vec" and "vec16".
@@ -173,24 +194,32 @@ struct Plain {
   }
   static Strides value_strides(long head_size, long) { return {LANES, 2 * head_size, head_size}; }
   static long key_offset(long token, long) { return token; }
+  static long offset(long group, const Strides& s) { return group * s.group; }
 };
 
 // K as [block_size/16, head_size/2, 16 tokens, 2 dims], V as [head_size/16, block_size/2, 16 dims,
-// 2 tokens]: vLLM's "amx". A 32-bit lane holds both k of a pair.
+// 2 tokens]: vLLM's "amx". A 32-bit lane holds both k of a pair. A stride's group is one of 16
+// columns, which may be several groups of lanes.
 struct Paired {
   static constexpr bool AMX = true;
   using Element = BFloat16;
   using T = uint16_t;
   static f32 first(const T* p) { return (f32)(load<u32>(p) << 16); }
   static f32 second(const T* p, const Strides&) { return (f32)(load<u32>(p) & 0xffff0000u); }
-  static Strides key_strides(long head_size, long) { return {LANES * head_size, 2 * LANES, 0}; }
+  static Strides key_strides(long head_size, long) {
+    return {COLUMNS * head_size, 2 * COLUMNS, 0};
+  }
   static const T* values(const T* block, long token, long head_size, long block_size) {
-    return block + block_size * head_size + token * LANES;
+    return block + block_size * head_size + token * COLUMNS;
   }
   static Strides value_strides(long, long block_size) {
-    return {LANES * block_size, 2 * LANES, 0};
+    return {COLUMNS * block_size, 2 * COLUMNS, 0};
   }
   static long key_offset(long token, long head_size) { return token * head_size; }
+  static long offset(long group, const Strides& s) {
+    constexpr long PARTS = COLUMNS / LANES;
+    return group / PARTS * s.group + group % PARTS * 2 * LANES;
+  }
 };
 
 // ---- C = C * rescale + A B --------------------------------------------------------------------
@@ -206,17 +235,17 @@ struct Product {
   long ahead = 0;         // bytes from B to what will be read next, to be fetched meanwhile
 };
 
-// M rows by N groups of 16 columns, held in registers.
+// M rows by N groups of columns, held in registers.
 template <class Layout, int M, int N>
 inline void multiply_tile(const Product& p, long row, long group, const typename Layout::T* b) {
   // Few accumulators would wait for each other: give the second k of a pair its own.
   constexpr int CHAINS = M * N <= 4 ? 2 : 1;
   const float* a = p.a + row * p.lda;
-  b += group * p.strides.group;
+  b += Layout::offset(group, p.strides);
   f32 acc[CHAINS][M][N] = {};
   for (long k = 0; k + 1 < p.k; k += 2, b += p.strides.pair) {
     for (int n = 0; n < N; ++n) {
-      const auto* column = b + n * p.strides.group;
+      const auto* column = b + Layout::offset(n, p.strides);
       __builtin_prefetch(reinterpret_cast<const char*>(column) + p.ahead, 0, 2);
       const f32 first = Layout::first(column), second = Layout::second(column, p.strides);
       for (int m = 0; m < M; ++m) {
@@ -227,7 +256,7 @@ inline void multiply_tile(const Product& p, long row, long group, const typename
   }
   if (p.k & 1)
     for (int n = 0; n < N; ++n) {
-      const f32 first = Layout::first(b + n * p.strides.group);
+      const f32 first = Layout::first(b + Layout::offset(n, p.strides));
       for (int m = 0; m < M; ++m) acc[0][m][n] += a[m * p.lda + p.k - 1] * first;
     }
   for (int m = 0; m < M; ++m)
@@ -247,7 +276,8 @@ inline void multiply_rows(const Product& p, long row, long groups, const typenam
     if (group < groups) {
       Product rest = p;
       rest.c += group * LANES;
-      multiply_rows<Layout, M, N / 2>(rest, row, groups - group, b + group * p.strides.group);
+      multiply_rows<Layout, M, N / 2>(rest, row, groups - group,
+                                      b + Layout::offset(group, p.strides));
     }
 }
 
@@ -256,7 +286,7 @@ inline void multiply_rest(const Product& p, long row, long rows, long groups,
                           const typename Layout::T* b) {
   if constexpr (M > 0) {
     if (rows == M)
-      multiply_rows<Layout, M, GROUPS>(p, row, groups, b);
+      multiply_rows<Layout, M, groups_of(M)>(p, row, groups, b);
     else
       multiply_rest<Layout, M - 1>(p, row, rows, groups, b);
   }
@@ -268,11 +298,12 @@ __attribute__((noinline)) void multiply(const Product& p, long rows, long groups
                                         const typename Layout::T* b) {
   // Columns outside, rows inside, so that the columns of B in use stay in L1.
   if (rows > ROWS) {
+    constexpr int GROUPS = groups_of(ROWS);
     for (long group = 0; group < groups; group += GROUPS) {
       const long n = std::min<long>(GROUPS, groups - group);
       Product part = p;
       part.c += group * LANES;
-      const auto* columns = b + group * p.strides.group;
+      const auto* columns = b + Layout::offset(group, p.strides);
       long row = 0;
       for (; row + ROWS <= rows; row += ROWS)
         multiply_rows<Layout, ROWS, GROUPS>(part, row, n, columns);
@@ -286,6 +317,8 @@ __attribute__((noinline)) void multiply(const Product& p, long rows, long groups
 // ---- The same with AMX, for the paired layout: A in bf16, k a multiple of 32 -------------------
 
 #ifdef __AMX_BF16__
+
+static_assert(LANES == COLUMNS, "a CPU with AMX has AVX-512");
 
 inline bool has_amx() {  // Linux has every process ask before it uses tiles
   static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
@@ -348,7 +381,7 @@ inline void multiply_keys_amx(const void* query, const void* keys, const Strides
   for (long group = 0; group < groups; ++group)
     multiply_amx(static_cast<const uint16_t*>(query), head_size,
                  static_cast<const uint16_t*>(keys) + group * strides.group, head_size,
-                 logits + group * LANES, KEY_STRIDE, rows, false);
+                 logits + group * COLUMNS, KEY_STRIDE, rows, false);
 }
 
 // sums = sums * rescale + weights * values, for n values of which `valid` may be read. The weights
@@ -364,14 +397,14 @@ inline void add_values_amx(const float* weights, void* weights16, const void* va
     for (long d = 0; d < head_size; d += LANES)
       store(sums + m * head_size + d, load<f32>(sums + m * head_size + d) * rescale[m]);
   }
-  for (long group = 0; group * LANES < head_size; ++group) {
+  for (long group = 0; group * COLUMNS < head_size; ++group) {
     const auto* column = static_cast<const uint16_t*>(values) + group * strides.group;
-    float* c = sums + group * LANES;
+    float* c = sums + group * COLUMNS;
     multiply_amx(a, KEY_STRIDE, column, whole, c, head_size, rows, true);
     if (whole < n) {  // what follows the last token may be NaN, which no zero weight mends
       alignas(64) uint16_t rest[16 * 32] = {};
       for (long i = 0; i < valid - whole; ++i)
-        for (long d = 0; d < LANES; ++d)
+        for (long d = 0; d < COLUMNS; ++d)
           rest[i / 2 * 32 + d * 2 + i % 2] = column[(whole + i) / 2 * 32 + d * 2 + i % 2];
       multiply_amx(a + whole, KEY_STRIDE, rest, 32, c, head_size, rows, true);
     }
@@ -391,19 +424,19 @@ inline void add_values_amx(const float*, void*, const void*, const Strides&, lon
 // ---- Softmax ----------------------------------------------------------------------------------
 
 struct RowState {
-  f32 sum, kept;  // of all weights, and of those whose values are added up (U); 16 partial sums
+  f32 sum, kept;  // of all weights, and of those whose values are added up; a sum for each lane
   float max;
 };
 
-enum class Keep { NONE, UNBIASED, ALL };  // which keys' weights: none of a tile may be in U
+enum class Keep { NONE, SOME, ALL };  // of a tile's keys, those whose values are added up
 
-// Turns a row's products into weights exp(logit - max) of its `visible` first keys, with zeros for
-// those that are not kept and on to the row's end. Returns the factor that brings what was summed
+// Turns a row's products into weights exp(logit - max) of its `visible` first keys, times `keep`
+// where some are kept, with zeros on to the row's end. Returns the factor that brings what was summed
 // before to the new maximum.
 template <Keep KEEP>
-inline float softmax(float* row, long n, long visible, const float* bias, float scale,
-                     RowState& state) {
-  const i32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline float softmax(float* row, long n, long visible, const float* bias, const float* keep,
+                     float scale, RowState& state) {
+  const i32 lane = lanes();
   const float infinity = std::numeric_limits<float>::infinity();
   visible = std::clamp<long>(visible, 0, n);
   f32 top = splat(state.max);
@@ -427,7 +460,7 @@ inline float softmax(float* row, long n, long visible, const float* bias, float 
     f32 weight = exp(load<f32>(row + j) - new_max);
     sum += weight;
     if (KEEP == Keep::NONE) continue;
-    if (KEEP == Keep::UNBIASED) weight = load<f32>(bias + j) == 0.0f ? weight : f32{};
+    if (KEEP == Keep::SOME) weight *= load<f32>(keep + j);
     kept += weight;
     store(row + j, weight);
   }
@@ -438,13 +471,13 @@ inline float softmax(float* row, long n, long visible, const float* bias, float 
 }
 
 template <Keep KEEP>
-inline void softmax_rows(float* rows, const float* bias, uint64_t steered, long n, long visible,
-                         long num_heads, long num_rows, float scale, RowState* state,
-                         float* rescale) {
+inline void softmax_rows(float* rows, const float* bias, const float* keep, uint64_t steered,
+                         long n, long visible, long num_heads, long num_rows, float scale,
+                         RowState* state, float* rescale) {
   static const float none[MAX_KEYS] = {};
   for (long m = 0; m < num_rows; ++m)
     rescale[m] *= softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads,
-                                steered >> m % num_heads & 1 ? bias : none, scale, state[m]);
+                                steered >> m % num_heads & 1 ? bias : none, keep, scale, state[m]);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ import torch
 
 from vllm_pasta.profiling.methods import Head
 from vllm_pasta.profiling.prompts import Prompt
+from vllm_pasta.steering.bias import key_bias, segments
 
 
 class _Recorder:
@@ -95,10 +96,8 @@ class GradientModel:
     def _estimate(self, prompt: Prompt, alpha: float) -> torch.Tensor:
         target = prompt.target[:1] if prompt.choices else prompt.target
         length = len(prompt.ids)
-        bias = torch.zeros(length + len(target) - 1)
-        bias[:length] = math.log(alpha)
-        for start, end in prompt.spans:
-            bias[start:end] = 0.0
+        cut = segments(prompt.spans, alpha, length)
+        bias = key_bias([s.end for s in cut], [s.bias for s in cut], length + len(target) - 1)
         recorder = _Recorder(bias, self._config.num_hidden_layers, self._config.num_attention_heads)
         logits = self._model(
             input_ids=torch.tensor([prompt.ids + target[:-1]]),
