@@ -43,7 +43,14 @@ class Run:
     expected: list  # tokens of each of `gpu_job.CASES`, by the oracle
 
 
-@pytest.fixture(scope="module", params=ENGINES.values(), ids=ENGINES)
+# V2, windows and soft caps are each in a quicker test: the next two, the first, and test_triton.
+SLOW = {"Triton, V2, soft cap": [pytest.mark.slow]}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(of, id=name, marks=SLOW.get(name, ())) for name, of in ENGINES.items()],
+)
 def run(request, tmp_path_factory):
     backend, is_v2, model_type = request.param
     model = tmp_path_factory.mktemp(model_type)

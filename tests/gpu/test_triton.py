@@ -241,7 +241,9 @@ DRAFTED = [  # as speculative decoding verifies
     Request(60, 4),
     Request(40, 4, 38, ((37, 38),), 0.1, (2, 3)),
 ]
-STEPS = {"mixed": MIXED, "decode": DECODE}
+# Half as long: of keys for three programs, the last has one.
+SHORTER = [Request(513, 1, 400, ((5, 280), (300, 303)), heads=(0, 1, 3)), *DECODE[1:]]
+STEPS = {"mixed": MIXED, "decode": SHORTER}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -269,6 +271,10 @@ STEPS = {"mixed": MIXED, "decode": DECODE}
 )
 def test_dense(step, options):
     Case(STEPS[step], **options).check()
+
+
+def test_long_decode():
+    Case(DECODE).check()
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": 2, "sinks": True}, {"window": 24}], ids=str)
