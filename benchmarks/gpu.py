@@ -73,7 +73,7 @@ def phases(out: Path, dry: bool) -> list[list[Step]]:
             Step("verify", verify, 270, "verify.json"),
             Step("tests", [*tests, "-k", "not sanitizer"], 280),
         ],
-        [Step("kernel", kernel, 80)],
+        [Step("kernel", kernel, 100)],
         [Step("engine", [*engine, "--runs", "2"], 250)],
     ]
 

@@ -1,12 +1,23 @@
 """Times the Triton kernels of steered attention on a GPU, against plain attention.
 
-One layer of a model like Qwen3-8B, bf16, paged KV cache. Plain: FlashAttention or, where vLLM has
-none, its Triton kernel. "direct" and "merge" are what steering adds to it, see kernels/triton.py;
-"idle" is a launch that finds nothing to steer: what a CUDA graph replays for plain requests.
+One layer of a model like Qwen3-8B, bf16, paged KV cache. Plain: FlashAttention, of the version
+that vLLM takes on this GPU, or, where vLLM has none, its Triton kernel. "direct" and "merge" are
+what steering adds to it, see kernels/gpu/launch.py; "idle" is a launch that finds nothing to steer:
+what a CUDA graph replays for plain requests.
+
+Times are of CUDA graph replays. A graph holds, `REPEATS` times over, what empties the L2 cache, as
+the rest of a model's layer does, then plain attention, then steering. What steering adds is the
+time of that graph less that of one without steering, so each kernel finds the caches as a step
+leaves them, and the host's launches do not count.
+
+Every case is first held to dense attention in fp32. "floor" says what the launch cannot go below:
+bytes that it must move (keys and values that are wanted, once; steered heads' rows of query and
+output), the operations of its products, and the time that this takes at the bandwidth and the rate
+that copying and multiplying reach on this device; the launch itself, about 1 us in a graph, comes
+on top.
+
 Peers on a contiguous cache, for decoding: torch's scaled_dot_product_attention and, where it is
-installed, xformers' memory_efficient_attention, both with the whole bias. Every case is first held
-to dense attention in fp32. "bandwidth" is what a kernel must read (keys and values of the steered
-heads' KV heads, each once) over its time, as a share of what copying reaches on this device.
+installed, xformers' memory_efficient_attention, both with the whole bias.
 
     python -m benchmarks.kernel_gpu --json kernel_gpu.json
 """
@@ -31,7 +42,11 @@ from vllm_pasta.request.resolution import ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
 from vllm_pasta.steering.slots import SteeringBuffers
 
-ALPHA = 0.01
+REPEATS = 10
+"""How often a graph holds what is timed."""
+REPLAYS = 20
+L2_BYTES = 2**28
+"""Bytes whose writing empties the L2 cache of any GPU."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,23 @@ class Case:
     num_kv_heads: int = 8
     head_size: int = 128
     block_size: int = 16
+    alpha: float = 0.01
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads with a steered query head."""
+        group = self.num_heads // self.num_kv_heads
+        return len({head // group for head in self.heads})
+
+    def floor(self, way: str) -> dict[str, float]:
+        """Bytes and operations that a way cannot do without."""
+        rows = self.requests * self.query_len
+        seen = self.context - (self.query_len - 1) / 2  # keys that a row sees, on average
+        keys = min(self.emphasised, self.context) if way == "merge" else self.context
+        pairs = rows * len(self.heads) * (keys if way == "merge" else seen)
+        cached = self.requests * keys * self.kv_heads * 2 * self.head_size * 2
+        moved = rows * len(self.heads) * self.head_size * 2 * (3 if way == "merge" else 2)
+        return {"bytes": cached + moved, "flop": 4 * pairs * self.head_size}
 
     @property
     def heads(self) -> list[int]:
@@ -61,6 +93,12 @@ class Case:
 DECODE, PREFILL = Case(), Case(requests=1, query_len=8192, context=8192)
 CONTEXTS = (1024, 8192, 32768, 131072)
 CASES = [
+    replace(DECODE, requests=1, context=640, emphasised=20),
+    replace(DECODE, requests=128, context=576, emphasised=84, share=1.0),
+    *(replace(DECODE, requests=n, context=1024) for n in (128, 256)),
+    replace(DECODE, requests=128),
+    replace(DECODE, alpha=5.0),
+    replace(PREFILL, alpha=5.0),
     *(replace(DECODE, context=n, requests=min(32, 2**20 // n)) for n in CONTEXTS),
     *(replace(DECODE, share=s) for s in (0.05, 0.25, 0.5, 1.0)),
     *(replace(DECODE, emphasised=n) for n in (16, 64, 1024)),
@@ -99,7 +137,7 @@ class Bench:
         begin = 16
         self.emphasis = ResolvedEmphasis(
             ((begin, min(begin + case.emphasised, case.context)),),
-            ALPHA, HeadSet(((0, tuple(case.heads)),)), case.context,
+            case.alpha, HeadSet(((0, tuple(case.heads)),)), case.context,
         )  # fmt: skip
         for slot in range(case.requests):
             self.buffers.write(slot, self.emphasis)
@@ -134,7 +172,7 @@ class Bench:
 
     def bias(self) -> torch.Tensor:
         """``[context]``: what is added to a steered head's logits."""
-        bias = torch.full((self.case.context,), math.log(ALPHA), device=self.device)
+        bias = torch.full((self.case.context,), math.log(self.case.alpha), device=self.device)
         for start, end in self.emphasis.spans:
             bias[start:end] = 0.0
         return bias
@@ -176,9 +214,14 @@ class Bench:
         from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
 
         if is_flash_attn_varlen_func_available():
-            from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+            from vllm.v1.attention.backends.fa_utils import (
+                flash_attn_varlen_func,
+                get_flash_attn_version,
+            )
 
-            return "FlashAttention", lambda: flash_attn_varlen_func(**common)
+            version = get_flash_attn_version(head_size=case.head_size)
+            options = {"fa_version": version, "return_softmax_lse": True}  # as when steering asks
+            return f"FlashAttention {version}", lambda: flash_attn_varlen_func(**common, **options)
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
         options = {"window_size": (-1, -1), "q_descale": None, "k_descale": None, "v_descale": None}
@@ -208,13 +251,6 @@ class Bench:
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         return {**found, "xformers": lambda: memory_efficient_attention(query, k, v, bias)}
 
-    def needed_bytes(self) -> int:
-        """What the direct kernel of a decoding step must read."""
-        case = self.case
-        group = case.num_heads // case.num_kv_heads
-        kv_heads = len({head // group for head in case.heads})
-        return case.requests * case.context * kv_heads * 2 * case.head_size * 2
-
 
 def copy_bandwidth() -> float:
     """Bytes a second that a large copy reads on this device."""
@@ -242,28 +278,68 @@ def packing_us(requests: int = 256, device: str = "cuda") -> dict[str, float]:
     return {kind: round(statistics.median(taken), 1) for kind, taken in times.items()}
 
 
-def measure(case: Case, peak: float) -> dict[str, Any]:
-    """All kernels on one case, after the check."""
+def product_rate() -> float:
+    """Operations a second of a large product in bf16 on this device."""
     from triton.testing import do_bench
 
+    matrix = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return 2 * 8192**3 / (do_bench(lambda: matrix @ matrix, return_mode="median") / 1e3)
+
+
+def replay_us(*kernels: Callable[[], Any]) -> float:
+    """Median time of these, one after the other with a cold L2 cache, in a graph's replay."""
+    evicted = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles
+        for kernel in kernels:
+            kernel()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            evicted.zero_()
+            for kernel in kernels:
+                kernel()
+    times = []
+    for _ in range(REPLAYS + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / REPEATS)
+    return statistics.median(times[3:])
+
+
+def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
+    """All kernels on one case, after the check."""
     bench = Bench(case, "cuda")
     lse = bench.check()
     base, plain = bench.plain()
-    timed = {base: plain, "direct": bench.steer, "merge": lambda: bench.steer(lse)}
+    empty, alone = replay_us(), replay_us(plain)
+    us = {base: alone - empty}
+    for way, given in (("direct", None), ("merge", lse)):
+        us[way] = replay_us(plain, lambda given=given: bench.steer(given)) - alone
     if case.query_len == 1 and case.context <= 32768:
-        timed |= bench.peers()
-    us = {name: 1e3 * do_bench(run, return_mode="median") for name, run in timed.items()}
+        us |= {name: replay_us(run) - empty for name, run in bench.peers().items()}
     bench.buffers.hide()
-    us["idle"] = 1e3 * do_bench(bench.steer, return_mode="median")
-    row = {
+    us["idle"] = replay_us(plain, lambda: bench.steer(lse)) - alone
+    floors = {way: case.floor(way) for way in ("direct", "merge")}
+    return {
         "requests": case.requests, "query_len": case.query_len, "context": case.context,
-        "share": case.share, "emphasised": case.emphasised, "plain": base,
+        "share": case.share, "emphasised": case.emphasised, "alpha": case.alpha, "plain": base,
         "us": {name: round(value, 1) for name, value in us.items()},
         "ratio": {n: round(1 + us[n] / us[base], 3) for n in ("direct", "merge", "idle")},
+        "floor": {
+            way: {
+                "mb": round(floor["bytes"] / 1e6, 2), "gflop": round(floor["flop"] / 1e9, 2),
+                "us": round(1e6 * max(floor["bytes"] / bandwidth, floor["flop"] / rate), 1),
+                "launches": 1,
+            }
+            for way, floor in floors.items()
+        },
     }  # fmt: skip
-    if case.query_len == 1:
-        row["bandwidth"] = round(bench.needed_bytes() / (us["direct"] / 1e6) / peak, 2)
-    return row
 
 
 def main() -> None:
@@ -274,17 +350,18 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device, and torch finds none here")
-    peak = copy_bandwidth()
+    bandwidth, rate = copy_bandwidth(), product_rate()
     result = {
         "device": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "triton", "vllm", "vllm-pasta")},
-        "copy_gb_per_s": round(peak / 1e9),
+        "copy_gb_per_s": round(bandwidth / 1e9),
+        "product_tflop_per_s": round(rate / 1e12),
         "packing_us": packing_us(),
         "rows": [],
     }
     print({name: value for name, value in result.items() if name != "rows"}, flush=True)
     for case in CASES:
-        result["rows"].append(measure(case, peak))
+        result["rows"].append(measure(case, bandwidth, rate))
         print(result["rows"][-1], flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -161,9 +161,9 @@ def test_not_switched_on(engine, tiny):
     [
         ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
          "method ngram_gpu, not ngram or draft_model"),
-        ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"kv_cache_dtype": "fp8"}, "the KV cache is fp8"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
-        ({"runner": "pooling"}, "runner is pooling"),
+        ({"runner": "pooling"}, "the runner is pooling"),
     ],
 )  # fmt: skip
 def test_engine_that_cannot_steer_does_not_start(options, reason, tiny):
@@ -190,6 +190,7 @@ MODELS = {
     "no attention heads to steer": ("mamba", "MambaForCausalLM"),
     "an encoder-decoder": ("whisper", "WhisperForConditionalGeneration"),
     "runner is pooling": ("bert", "BertModel"),
+    "a diffusion model": ("llama", "LlamaForCausalLM"),
 }
 
 
@@ -204,6 +205,8 @@ def test_model_that_cannot_be_steered(reason, tmp_path):
     model_type, architecture = MODELS[reason]
     AutoConfig.for_model(model_type, architectures=[architecture]).save_pretrained(tmp_path)
     config = EngineArgs(str(tmp_path), skip_tokenizer_init=True).create_engine_config()
+    if "diffusion" in reason:  # which vLLM itself refuses, but on Model Runner V2
+        config.model_config.is_diffusion = True
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
 
@@ -212,13 +215,14 @@ def test_other_platform_and_model_runner_v2(small_batches, monkeypatch):
     """Not reached on a CPU, so what vLLM says of itself is changed."""
     from types import SimpleNamespace
 
-    from vllm_pasta.integration import support
+    from vllm_pasta.integration import refusals, support
 
     config = small_batches.llm_engine.vllm_config
     rocm = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="rocm")
-    monkeypatch.setattr(support, "current_platform", rocm)
+    monkeypatch.setattr(refusals, "current_platform", rocm)
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    with pytest.raises(UnsupportedError, match="is rocm, not cpu or cuda; Model Runner V2"):
+    reasons = "the platform is rocm, not cpu or cuda; Model Runner V2 is in use"
+    with pytest.raises(UnsupportedError, match=reasons):
         support.check_engine(config)
 
 
@@ -241,14 +245,30 @@ def test_requests_that_cannot_be_steered(small_batches):
         process(pooling)
 
 
+def test_layers_that_the_configuration_does_not_say(small_batches, monkeypatch):
+    """A head set could not be checked against them; nor where a layer's name has no number."""
+    from vllm_pasta.integration import support
+    from vllm_pasta.request.shape import ModelShape
+
+    config = small_batches.llm_engine.vllm_config
+    support.check_layers(config)
+    monkeypatch.setattr(support, "shape_of", lambda config: ModelShape(4, 4, (0, 2)))
+    reason = "has attention heads in layers 0-3, and its configuration says 0, 2, so a head set"
+    with pytest.raises(UnsupportedError, match=reason):
+        support.check_layers(config)
+    for name in ("model.attention", "model.0.layers.1.attention"):
+        with pytest.raises(UnsupportedError, match=f"layer {name} .* by one number"):
+            support.layer_index(name)
+
+
 @pytest.mark.parametrize(
     ("where", "attribute", "value", "reason"),
     [
         ("impl", "is_fp8_kv_cache", True, "has an fp8 KV cache"),
-        ("impl", "attn_type", "encoder", "attention of type encoder"),
+        ("impl", "attn_type", "encoder", "has attention of type encoder"),
         ("impl", "num_heads", 2, "has 2 query heads, not 4"),
         ("layer", "head_size_v", 16, "values of another head size"),
-        ("layer", "isa", "neon", "layout neon"),
+        ("layer", "isa", "neon", "has KV cache layout neon"),
     ],
 )
 def test_layer_that_cannot_be_steered(where, attribute, value, reason, small_batches):

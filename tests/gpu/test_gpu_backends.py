@@ -23,13 +23,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tools.check_upstream import _GPU as BASES
 from vllm_pasta.errors import ConfigError, UnsupportedError
-from vllm_pasta.integration import plugin, registry, support
+from vllm_pasta.integration import plugin, refusals, registry, support
 from vllm_pasta.integration.worker import gpu, rows
 from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
-from vllm_pasta.steering.slots import PLAIN
+from vllm_pasta.steering.slots import FIRST, PLAIN, SLOT
 
 CPU = torch.device("cpu")
 INSTALLED = Path(find_spec("vllm").origin).parent
@@ -71,7 +71,7 @@ def config(small_batches, monkeypatch):
     config = copy(small_batches.llm_engine.vllm_config)
     config.additional_config = {"pasta": {}}
     monkeypatch.setattr(support, "is_gpu", lambda: True)
-    monkeypatch.setattr(support.vllm, "__version__", "0.32.0")
+    monkeypatch.setattr("vllm.__version__", "0.32.0")
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     return config
 
@@ -169,12 +169,12 @@ def test_step(name, config, v2):
     steering = made.build(0, step).steering
     assert steering.is_steered
     assert not steering.must_launch
-    assert steering.buffers.slots[:3].tolist() == [PLAIN, 2, PLAIN]
+    assert steering.buffers.records[:3, SLOT].tolist() == [PLAIN, 2, PLAIN]
     assert steering.batch.query_start is step.query_start_loc
     assert steering.batch.seq_lens is step.seq_lens
     assert steering.batch.block_table is step.block_table_tensor
     assert not made.build(0, common(1, req_idx=np.array([1]))).steering.is_steered
-    assert steering.buffers.slots[:3].tolist() == [PLAIN] * 3
+    assert steering.buffers.records[:3, SLOT].tolist() == [PLAIN] * 3
 
 
 def test_slots_are_used_again(config, v2):
@@ -187,9 +187,9 @@ def test_slots_are_used_again(config, v2):
         assert made.build(0, common(1)).steering.is_steered
         v2.add_request(0, later)
         steering = made.build(0, common(1)).steering
-        assert steering.buffers.slots[:1].tolist() == slots
+        assert steering.buffers.records[:1, SLOT].tolist() == slots
         if slots == [0]:
-            assert steering.buffers.rows[0, 0] == first
+            assert steering.buffers.records[0, FIRST] == first
 
 
 def test_groups_share_slots(config, v2):
@@ -232,18 +232,18 @@ def test_capture(name, config, v2, monkeypatch):
         steering = made.build_for_cudagraph_capture(common(2)).steering
         assert steering.must_launch
         assert not steering.is_steered
-        assert not (steering.buffers.slots != PLAIN).any()
+        assert not (steering.buffers.records[:, SLOT] != PLAIN).any()
         assert steering.batch.max_query_len == max_query_len
     after = made.build(0, common(2)).steering
     assert after.is_steered
     assert not after.must_launch
-    for tensor in ("rows", "slots"):
+    for tensor in ("records", "groups"):
         assert getattr(after.buffers, tensor) is getattr(before.buffers, tensor)
 
 
 def test_metadata_that_does_not_tell(config, v2):
     made = builder(config)
-    with pytest.raises(UnsupportedError, match="does not tell whose its rows are"):
+    with pytest.raises(UnsupportedError, match="does not say which request each row belongs to"):
         made.build(0, common(req_idx=None))
     with pytest.raises(UnsupportedError, match="not causal"):
         made.build(0, common(causal=False))
@@ -278,8 +278,9 @@ def test_v1_rows(config, monkeypatch):
     def slots(removed=(), added=(), moved=()):
         v1.update_state(BatchUpdate(4, list(removed), list(added), list(moved)))
         steering = made.build(0, common(3, req_idx=None)).steering
-        shown = steering.buffers.slots[:3].tolist()
-        firsts = [int(steering.buffers.rows[s, 0]) if s != PLAIN else None for s in shown]
+        shown = steering.buffers.records[:3, SLOT].tolist()
+        records = steering.buffers.records
+        firsts = [int(records[i, FIRST]) if s != PLAIN else None for i, s in enumerate(shown)]
         assert all(s in (PLAIN, row) for row, s in enumerate(shown))
         return firsts
 
@@ -303,7 +304,10 @@ def test_layers_of_other_backends(config):
     compilation = copy(config.compilation_config)
     compilation.static_forward_context = {**compilation.static_forward_context, name: other}
     config.compilation_config = compilation
-    with pytest.raises(UnsupportedError, match=f"layer {name} has SimpleNamespace.*FLASH_ATTN"):
+    with pytest.raises(
+        UnsupportedError,
+        match=f"layer {name} has SimpleNamespace, which is not vllm-pasta's.*FLASH_ATTN",
+    ):
         rows.EmphasisRows(config, None)
 
 
@@ -315,26 +319,37 @@ REFUSED = {
     "sleep mode is on": {"model_config": {"enable_sleep_mode": True}},
     "the KV cache is nvfp4": {"cache_config": {"cache_dtype": "nvfp4"}},
     "the KV cache is bfloat16": {"cache_config": {"cache_dtype": "bfloat16"}},
+    "KV cache is sparse": {"attention_config": {"hisparse_config": SimpleNamespace()}},
+    "verifies adaptively": {
+        "speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)
+    },
+    "reference sliding windows": {"model_config": {"model_arch_config": {"rswa_window": 64}}},
     "VLLM_BATCH_INVARIANT": {},
-    "needs vLLM 0.32.x, this is 0.31.0": {},
+    "on a GPU emphasis needs vLLM 0.32.x, this is 0.31.0": {},
 }
+
+
+def change(value, changes):
+    """A copy with other attributes, of whatever depth."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if not isinstance(changes, dict):
+        return AttentionBackendEnum.FLEX_ATTENTION if changes == "FLEX" else changes
+    value = copy(value)
+    for attribute, new in changes.items():
+        object.__setattr__(value, attribute, change(getattr(value, attribute), new))
+    return value
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(reason, config, monkeypatch):
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
     support.check_engine(config)
     if reason == "VLLM_BATCH_INVARIANT":
-        monkeypatch.setattr(support.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    if reason.startswith("needs vLLM"):
-        monkeypatch.setattr(support.vllm, "__version__", "0.31.0")
+        monkeypatch.setattr(refusals.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    if reason.startswith("on a GPU"):
+        monkeypatch.setattr("vllm.__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
-        value = copy(getattr(config, field))
-        for attribute, new in changes.items():
-            new = AttentionBackendEnum.FLEX_ATTENTION if new == "FLEX" else new
-            object.__setattr__(value, attribute, new)
-        setattr(config, field, value)
+        setattr(config, field, change(getattr(config, field), changes))
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
 
@@ -359,10 +374,10 @@ def test_option():
     [
         ("layer", "head_size", 512, "head size 512, above 256"),
         ("layer", "_k_scale", torch.ones(2), "fp8 scales of its own for each head"),
-        ("impl", "kv_cache_dtype", "int8_per_token_head", "KV cache of int8_per_token_head"),
+        ("impl", "kv_cache_dtype", "int8_per_token_head", "has a KV cache of int8_per_token_head"),
         ("impl", "use_alibi_sqrt", True, "ALiBi with square roots"),
         ("impl", "chunk_lookback", 2, "chunked attention"),
-        ("impl", "attn_type", "encoder_only", "attention of type encoder_only"),
+        ("impl", "attn_type", "encoder_only", "has attention of type encoder_only"),
     ],
 )
 def test_layer_that_cannot_be_steered(where, attribute, value, reason, config):
@@ -455,25 +470,24 @@ def step_of(made, num_tokens):
 
 
 def test_launched_where_needed(config, v2, impl, monkeypatch):
-    """Once each kind of step at first, so that no graph's capture compiles; then with steering, and
-    within any graph."""
+    """With steering, and within any graph."""
     made, layer = builder(config), impl()
     query, cache = torch.randn(4, 4, 32), torch.randn(2, 2, 16, 64)
-    for num_tokens in (1, 1, 4, 4, 1):
+    for num_tokens in (1, 4):
         assert (forward(layer, step_of(made, num_tokens), query, cache) == 7).all()
-    assert len(impl.calls) == 2
+    assert len(impl.calls) == 0
     v2.add_request(0, params(heads={"1": [0]}))
     output = forward(layer, step_of(made, 4), query, cache)
-    assert len(impl.calls) == 3
+    assert len(impl.calls) == 1
     assert (output[:, 1:] == 7).all()
     assert (output[:, 0] != 7).all()
     v2.add_request(0, params(None))
     assert (forward(layer, step_of(made, 4), query, cache) == 7).all()
-    assert len(impl.calls) == 3
+    assert len(impl.calls) == 1
     forward(layer, made.build_for_cudagraph_capture(common(1)), query, cache)
-    assert len(impl.calls) == 4
+    assert len(impl.calls) == 2
     assert (forward(layer, None, query, cache) == 7).all()  # memory profiling
-    assert len(impl.calls) == 4
+    assert len(impl.calls) == 2
     for is_capturing in (False, True):  # a piecewise graph, captured by vLLM's own metadata
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda x=is_capturing: x)
         assert layer._launches(step_of(made, 4).steering, is_cuda=True) is is_capturing
@@ -539,17 +553,102 @@ def test_log_sum_exp_is_asked_for(config, v2, impl, monkeypatch):
             layer = impl(*options)
             layer_cache = cache.to(torch.float8_e4m3fn) if options[0] == "fp8" else cache
             forward(layer, step_of(made, 4), query, layer_cache)
-            used = impl.calls[-1][-1]
+            used, in_base_2 = impl.calls[-1][-2:]
             assert (used is not None) == is_used, options
+            assert not in_base_2
             assert not is_used or torch.equal(used, given.t())
         forward(impl("auto", 3), step_of(made, 4), torch.cat([query, query]), cache)  # padded
-        assert torch.equal(impl.calls[-1][-1], given.t())
-        assert lse._answer.lse is None  # its memory is let go
+        assert torch.equal(impl.calls[-1][-2], given.t())
+        assert lse._answer.given is None  # its memory is let go
         layer = impl("auto", 3)
         layer.sinks = torch.zeros(4)
         forward(layer, step_of(made, 4), query, cache)
-        assert impl.calls[-1][-1] is None
+        assert impl.calls[-1][-2] is None
     given = torch.randn(1, 4, 4)
     forward(impl("auto", 2), step_of(made, 4), query, cache)
-    assert impl.calls[-1][-1] is None
+    assert impl.calls[-1][-2] is None
     assert wrapped() == "output"  # not asked outside
+
+
+class FlashInferImpl(Plain):
+    """As vLLM's of that name: one wrapper for the rows that decode, and one for the others."""
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *_):
+        count = attn_metadata.num_decode_tokens
+        rows = {"decode": slice(0, count), "prefill": slice(count, None)}
+        for name, part in (("decode", attn_metadata.decode), ("prefill", attn_metadata.prefill)):
+            if part is not None and part.wrapper is not None:
+                part.wrapper.run(query[rows[name]], out=output[rows[name]])
+        return output
+
+
+class Wrapper:
+    """As FlashInfer's; its log-sum-exp is the query's first numbers."""
+
+    def run(self, query, *, out, lse=None, return_lse=False):
+        out.fill_(7)
+        if return_lse:
+            lse.copy_(query[..., 0])
+        return (out, lse) if return_lse else out
+
+
+@pytest.mark.parametrize("counts", [(4, 0), (0, 4), (1, 3)])
+def test_log_sum_exp_of_flashinfer(counts, config, v2, monkeypatch):
+    """Each wrapper stores its rows'; with another kernel for some rows, none is asked."""
+    calls = []
+    monkeypatch.setattr(gpu, "steered_attention", lambda *args: calls.append(args))
+    made = builder(config)
+    v2.add_request(0, params())
+    layer = type("Steered", (gpu.GPUSteeringImpl, FlashInferImpl), {})()
+    layer.layer_index, layer.attention = 1, LayerAttention(scale=1.0)
+    query, cache = torch.randn(4, 4, 32), torch.randn(2, 2, 16, 64)
+    metadata = step_of(made, 4)
+    metadata.num_decode_tokens, metadata.num_prefill_tokens = counts
+    metadata.decode, metadata.prefill = (
+        SimpleNamespace(wrapper=Wrapper()) if count else None for count in counts
+    )
+    forward(layer, metadata, query, cache)
+    values, in_base_2 = calls[-1][-2:]
+    assert torch.equal(values, query[..., 0])
+    assert in_base_2
+    for part in (metadata.decode, metadata.prefill):
+        if part is not None:
+            assert "run" not in vars(part.wrapper)  # as it was
+            part.wrapper = None  # as where vLLM runs TensorRT-LLM's kernel
+    forward(layer, metadata, query, cache)
+    assert calls[-1][-2:] == (None, False)
+
+
+def test_all_kernels_are_compiled_at_start(config, v2, impl, monkeypatch):
+    """What a builder launches when it is made has the constants of what steps launch later."""
+    from vllm_pasta.kernels.gpu import steer
+
+    kinds = set()
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                shown = [getattr(a, "dtype", None if a is None else type(a)) for a in args]
+                kinds.add(repr((shown, sorted(options.items()))))
+
+            return launch
+
+    monkeypatch.setattr(steer, "steer", Recorder())
+    made = builder(config)
+    at_start = set(kinds)
+    assert at_start
+    v2.add_request(0, params())
+    real = next(iter(get_layers_from_vllm_config(config, Attention).values())).impl
+    layer, size = impl(), real.head_size
+    layer.attention, layer.head_size = layer_attention(real), size
+    heads = config.model_config.get_num_attention_heads(config.parallel_config)
+    kv_heads = config.model_config.get_num_kv_heads(config.parallel_config)
+    for nhd in (False, True):
+        cache = torch.zeros(2, kv_heads, 16, 2 * size)
+        if nhd:
+            cache = torch.zeros(2, 16, kv_heads, 2 * size).transpose(1, 2)
+        for num_tokens in (1, 4):
+            fused = torch.zeros(num_tokens, (heads + 2 * kv_heads) * size)
+            query = fused[:, : heads * size].view(num_tokens, heads, size)
+            forward(layer, step_of(made, num_tokens), query, cache)
+    assert kinds == at_start

@@ -9,7 +9,7 @@ import itertools
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,7 @@ class Request:
     spans: tuple = ()
     alpha: float = 0.01
     heads: tuple = ()
+    factors: tuple = ()  # of the spans, where they are not all 1
 
 
 @dataclass
@@ -138,6 +139,7 @@ class Case:
                 request.alpha,
                 HeadSet.from_json({str(LAYER): request.heads, "2": [0]}),
                 min(request.prompt_len, request.seq_len),
+                request.factors,
             )
             self.buffers.write(self.slots[r], steered or None)
         return self.buffers.show(self.slots)
@@ -168,8 +170,9 @@ class Case:
             prompt_len = min(request.prompt_len, request.seq_len)
             bias = torch.zeros(request.seq_len, dtype=dtype)
             bias[:prompt_len] = torch.tensor(request.alpha, dtype=torch.float64).log()
-            for start, end in request.spans:
-                bias[start:end] = 0
+            factors = request.factors or [1.0] * len(request.spans)
+            for (start, end), factor in zip(request.spans, factors, strict=True):
+                bias[start:end] = torch.tensor(factor, dtype=torch.float64).log()
             for i, h in itertools.product(range(request.query_len), range(self.num_heads)):
                 position = request.seq_len - request.query_len + i
                 begin_key = 0 if self.window is None else max(0, position + 1 - self.window)
@@ -238,7 +241,9 @@ DRAFTED = [  # as speculative decoding verifies
     Request(60, 4),
     Request(40, 4, 38, ((37, 38),), 0.1, (2, 3)),
 ]
-STEPS = {"mixed": MIXED, "decode": DECODE}
+# Half as long: of keys for three programs, the last has one.
+SHORTER = [Request(513, 1, 400, ((5, 280), (300, 303)), heads=(0, 1, 3)), *DECODE[1:]]
+STEPS = {"mixed": MIXED, "decode": SHORTER}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -268,6 +273,10 @@ def test_dense(step, options):
     Case(STEPS[step], **options).check()
 
 
+def test_long_decode():
+    Case(DECODE).check()
+
+
 @pytest.mark.parametrize("options", [{}, {"padding": 2, "sinks": True}, {"window": 24}], ids=str)
 def test_drafted(options):
     Case(DRAFTED, **options).check()
@@ -283,6 +292,72 @@ def test_low_precision(step, dtype):
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_cache(step, cache_dtype):
     Case(STEPS[step], cache_dtype=cache_dtype).check()
+
+
+STRENGTHS = [
+    Request(60, 20, 50, ((3, 9), (9, 12), (30, 40)), 0.01, (0, 2), (0.3, 1.0, 0.05)),
+    Request(70, 1, 60, ((0, 3), (50, 55)), 5.0, (0, 1), (2.0, 1.0)),  # all weaker than the rest
+    Request(45, 3, 40, ((2, 6), (10, 12)), 0.1, (1, 3), (0.01, 1.0)),  # one weaker, one stronger
+    Request(40, 4, 40, ((8, 12),), 1.0, (2,), (0.2,)),  # the rest at full strength
+    Request(33, 1, 30, ((1, 5),), 0.5, (0, 1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_several_strengths(decodes):
+    """Each span its own factor, beside a request of one strength."""
+    rows = [replace(r, query_len=1) for r in STRENGTHS] if decodes else STRENGTHS
+    Case(rows).check()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}], ids=str)
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_many_spans(query_len, options):
+    """More than a kernel holds at a time; some begin where a group of them does."""
+    spans = tuple((5 * i + 2, 5 * i + 3 + i % 4) for i in range(9))
+    factors = tuple((1.0, 0.5, 0.2)[i % 3] for i in range(9))
+    Case([
+        Request(50, query_len, 48, spans, 0.01, (0, 3)),
+        Request(50, query_len, 48, spans, 0.3, (2,), factors),
+    ], **options).check()  # fmt: skip
+
+
+def test_difference_that_cancels():
+    """With alpha above 1 a merge subtracts. Where the emphasised keys have nearly all the weight,
+    little is left, and the rows are computed from their keys instead, as exactly as ever. Broken
+    by: `MAX_GAIN` = 1e9."""
+    case = Case([Request(64, 1, 60, ((2, 40),), 500.0, (0, 1, 2, 3))])
+    blocks = case.batch.block_table[0].long()
+    case.cache[blocks[:2], ..., :64] *= 6  # keys that attract
+    case.check()
+
+
+def test_batch_invariance():
+    """A row's result does not depend on what is beside it, to the bit, nor on the step's kind.
+    Broken by: keys shared among as many programs as the step leaves room for."""
+    decode = Request(600, 1, 400, ((5, 280), (311, 314)), heads=(0, 1, 3))
+    steps = ([decode], [Request(40, 30, spans=((3, 9),), heads=(0, 2)), decode])
+    for options in ({}, {"window": 300}):
+        cases = []
+        for step in steps:
+            case = Case(step, **options)
+            case.workspace = Workspace(case.head_size, DEVICE, is_invariant=True)
+            if cases:  # the same tokens
+                case.query[-1] = cases[0].query[-1]
+                tables = case.batch.block_table[-1], cases[0].batch.block_table[0]
+                mine, first = (table[:38].long() for table in tables)
+                case.cache[mine] = cases[0].cache[first]
+            plain, lse = case.dense(steer=False)
+            case.outputs = [case.run(plain, given_lse)[-1] for given_lse in (None, lse)]
+            cases.append(case)
+        assert all(map(torch.equal, cases[0].outputs, cases[1].outputs))
+
+
+def test_rows_of_a_program():
+    """A block of rows comes to several tiles, which programs share or one goes over."""
+    steered = Request(150, 149, spans=((3, 9),), heads=(0, 1, 2, 3))
+    case = Case([steered, Request(140, 140, spans=((7, 8),), heads=(2,))], dtype=torch.bfloat16)
+    case.check()
 
 
 @st.composite
@@ -383,7 +458,7 @@ def test_launches_do_not_depend_on_what_is_steered(monkeypatch):
         (lambda c: setattr(c, "cache", c.cache[..., :64]), "2 \\* head_size"),
         (lambda c: setattr(c, "query", c.query[:, :3]), "one shape.*multiple of the KV heads"),
         (lambda c: setattr(c, "attention", LayerAttention(0.0)), "scale, window and soft_cap"),
-        (lambda c: setattr(c.buffers, "slots", c.buffers.slots[:4]), "5 requests for 4 slots"),
+        (lambda c: setattr(c.buffers, "records", c.buffers.records[:4]), "5 requests for 4 rec"),
     ],
 )
 def test_wrong_arguments(change, words):
@@ -455,32 +530,45 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_pasta.kernels.triton import tile
+from vllm_pasta.kernels.gpu.launch import tile
 from vllm_pasta.kernels.gpu.steer import steer
 
-POINTERS = {"rows": "i32", "slots": "i32", "query_start": "i32", "seq_lens": "i32",
-            "block_table": "i32", "lse": "fp32", "alibi_slopes": "fp32", "key_scale": "fp32",
-            "value_scale": "fp32", "sums": "fp32", "states": "fp32", "counters": "i32"}
-ALIGNED = (*POINTERS, "query", "output", "sinks", "kv_cache", "stride_q_row", "stride_q_head",
-           "stride_o_row", "stride_o_head", "stride_block", "stride_kv_head", "stride_kv_row")
-VARIANTS = ((80, "bf16", "bf16", 128, True, False), (80, "fp16", "fp8e5", 64, False, False),
-            (80, "fp32", "fp32", 256, False, True), (90, "bf16", "bf16", 256, False, True),
-            (90, "bf16", "fp8e4nv", 64, True, False), (90, "bf16", "bf16", 128, False, True),
-            (90, "bf16", "bf16", 128, True, True))
-for capability, dtype, cache, head_size, is_decode, has_lse in VARIANTS:
-    pointers = {**POINTERS, "query": dtype, "output": dtype, "sinks": dtype, "kv_cache": cache}
-    block_m, block_n = tile(4, head_size, 4 if dtype == "fp32" else 2, is_decode)
+POINTERS = {"records": "i32", "groups": "i32", "query_start": "i32", "seq_lens": "i32",
+            "block_table": "i32", "sums": "fp32", "counters": "i32"}
+GIVEN = {"lse": "fp32", "alibi_slopes": "fp32", "key_scale": "fp32", "value_scale": "fp32"}
+ALIGNED = ("query", "kv_cache", "output", "records", "groups", "sums", "counters")
+# compute capability, dtypes of query and cache, head size, then whether it decodes, is crowded,
+# is given the log-sum-exp, and has the rest: a window, ALiBi, a soft cap
+VARIANTS = (
+    (80, "bf16", "bf16", 128, True, False, True, False),
+    (80, "bf16", "bf16", 128, False, False, True, True),
+    (80, "fp16", "fp8e5", 64, False, False, False, True),
+    (80, "fp32", "fp32", 256, False, False, True, True),
+    (90, "bf16", "bf16", 128, True, False, True, False),
+    (90, "bf16", "bf16", 128, True, True, True, False),
+    (90, "bf16", "bf16", 128, False, False, True, False),
+    (90, "bf16", "bf16", 128, False, False, False, False),
+    (90, "bf16", "bf16", 256, False, False, True, True),
+    (90, "bf16", "fp8e4nv", 64, True, True, False, True),
+)
+for capability, dtype, cache, head_size, decodes, crowded, has_lse, has_rest in VARIANTS:
+    has_scales = cache != dtype
+    pointers = {**POINTERS, "query": dtype, "output": dtype, "kv_cache": cache}
+    given = {"lse": has_lse, "alibi_slopes": has_rest, "sinks": has_rest and not has_lse,
+             "key_scale": has_scales, "value_scale": has_scales}
+    pointers |= {name: GIVEN.get(name, dtype) for name, is_given in given.items() if is_given}
+    pairs, keys, num_warps, num_stages, max_registers = tile(
+        4, head_size, 4 if dtype == "fp32" else 2, decodes, crowded, has_lse)
     fixed = {
-        "GROUP": 4, "HEAD": head_size, "HEAD_PADDED": head_size, "BLOCK_SIZE": 16,
-        "BLOCK_M": block_m, "BLOCK_Q": block_m // 4, "BLOCK_N": block_n, "MAX_REQUESTS": 256,
-        "SHARE": 256, "IS_DECODE": is_decode, "HAS_SCALES": cache != dtype, "HAS_LSE": has_lse,
-        **dict.fromkeys(("HAS_ALIBI", "HAS_SOFT_CAP", "HAS_WINDOW"), True),
-        "HAS_SINKS": not has_lse,
+        "SCALE": 0.1, "LSE_SCALE": 1.0, "SOFT_CAP": 30.0 if has_rest else None,
+        "WINDOW": 1024 if has_rest else None, "NUM_KV_HEADS": 8, "GROUP": 4, "HEAD": head_size,
+        "BLOCK_SIZE": 16, "ALIGN": 16, "MAX_REQUESTS": 256, "ROWS": pairs, "BLOCK_M": pairs,
+        "BLOCK_N": keys, "SHARE": 256, "PART_ROWS": 16384, "ALONE": 16384, "MAX_GAIN": 2.0,
+        "IS_DECODE": decodes, **{name: None for name, is_given in given.items() if not is_given},
     }
     signature = {
         name: "constexpr" if name in fixed
         else f"*{pointers[name]}" if name in pointers
-        else "fp32" if name in ("scale", "soft_cap")
         else "i32"
         for name in steer.arg_names
     }
@@ -489,7 +577,7 @@ for capability, dtype, cache, head_size, is_decode, has_lse in VARIANTS:
     }
     compiled = triton.compile(
         ASTSource(steer, signature, fixed, known), target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4, "num_stages": 3},
+        options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers},
     )
     assert compiled.asm["cubin"]
     print(capability, dtype, cache, head_size, "cp.async.c" in compiled.asm["ptx"],
@@ -502,10 +590,10 @@ def test_compiles_for_gpus():
     not. The next tile is copied while one is computed; shared memory fits the smallest GPUs."""
     env = {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(Path.home())}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, timeout=600
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, timeout=900
     )
     assert not done.returncode, done.stderr[-3000:]
     variants = [line.split()[-2:] for line in done.stdout.splitlines()]
-    assert len(variants) == 7
+    assert len(variants) == 10
     assert all(is_pipelined == "True" for is_pipelined, _ in variants), done.stdout
     assert max(int(shared) for _, shared in variants) <= 99 * 1024

@@ -322,36 +322,41 @@ def multi(*children):
 
 
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
+NO_GPU = "OffloadingConnector copies the KV of GPUs, and this engine has none"
+NOT_KNOWN = "LMCacheConnectorV1 is not known to keep differently steered requests apart"
 LMCACHE = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("config", "unknown", "needing_gpu"),
     [
-        (NIXL, None),
-        ({"kv_connector": "ExampleConnector"}, None),
-        (multi(NIXL, {"kv_connector": "ExampleConnector"}), None),
-        (LMCACHE, "LMCacheConnectorV1 is not known"),
-        (multi(NIXL, LMCACHE), "LMCacheConnectorV1 is not known"),
-        (multi(NIXL, multi(LMCACHE)), "LMCacheConnectorV1 is not known"),
-        ({"kv_connector": "NixlPushConnector"}, "NixlPushConnector is not known"),
-        ({**NIXL, "kv_connector_module_path": "theirs"}, "NixlConnector is not known"),
-        ({"kv_connector": "OffloadingConnector"}, "copies the KV of GPUs"),
+        (NIXL, [], []),
+        ({"kv_connector": "ExampleConnector"}, [], []),
+        (multi(NIXL, {"kv_connector": "ExampleConnector"}), [], []),
+        (LMCACHE, ["LMCacheConnectorV1"], []),
+        (multi(NIXL, LMCACHE), ["LMCacheConnectorV1"], []),
+        (multi(NIXL, multi(LMCACHE)), ["LMCacheConnectorV1"], []),
+        ({"kv_connector": "NixlPushConnector"}, ["NixlPushConnector"], []),
+        ({**NIXL, "kv_connector_module_path": "theirs"}, ["NixlConnector"], []),
+        ({"kv_connector": "OffloadingConnector"}, [], ["OffloadingConnector"]),
     ],
 )
-def test_connectors(config, reason):
-    reasons = connectors.refusals(KVTransferConfig(**{"kv_role": "kv_both", **config}))
-    if reason is None:
-        assert not reasons
-    else:
-        assert reason in reasons[0]
+def test_connectors(config, unknown, needing_gpu):
+    """Which are refused, and why: nothing tells their requests apart, or there is no GPU."""
+    config = KVTransferConfig(**{"kv_role": "kv_both", **config})
+    assert connectors.unknown(config) == unknown
+    assert connectors.needing_gpu(config) == needing_gpu
 
 
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
-        ({"kv_transfer_config": LMCACHE}, UnsupportedError, "LMCacheConnectorV1 is not known"),
-        ({"kv_offloading_size": 1}, UnsupportedError, "OffloadingConnector copies"),
+        (
+            {"kv_transfer_config": LMCACHE},
+            UnsupportedError,
+            NOT_KNOWN,
+        ),
+        ({"kv_offloading_size": 1}, UnsupportedError, NO_GPU),
         ({"enable_sleep_mode": True}, ValueError, "Sleep mode is not supported"),  # vLLM's own
     ],
 )

@@ -1,12 +1,13 @@
 """FlashAttention 2 and FlashInfer, as far as vLLM's backends for them can tell, in plain torch."""
 
+import math
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
 
-LSE_CALLS = []  # shapes of what `flash_attention` was asked for
+LSE_CALLS = []  # shapes of what FlashAttention and FlashInfer were asked for
 
 
 def attend(query, keys, values, scale):
@@ -78,12 +79,17 @@ class PagedWrapper:
         lens = [(len(p) - 1) * page_size + int(last_page_len[r]) for r, p in enumerate(pages)]
         self._requests = list(zip(starts, starts[1:], pages, lens, strict=False))
 
-    def run(self, query, caches, *, out, **_):
+    def run(self, query, caches, *, out, lse=None, return_lse=False, **_):
         if self.is_hnd:
             caches = [cache.transpose(1, 2) for cache in caches]
         for begin, end, pages, n in self._requests:
             cached = (cache[pages].flatten(0, 1)[:n] for cache in caches)
-            out[begin:end], _ = attend(query[begin:end], *cached, self._sm_scale)
+            out[begin:end], sums = attend(query[begin:end], *cached, self._sm_scale)
+            if return_lse:
+                lse[begin:end] = sums.t() / math.log(2)  # FlashInfer's are in base 2
+        if return_lse:
+            LSE_CALLS.append(list(lse.shape))
+        return (out, lse) if return_lse else out
 
 
 class PrefillWrapper(PagedWrapper):

@@ -1,4 +1,6 @@
-"""Steering at fixed addresses. Broken by: a row that lags behind its request, a stale step."""
+"""Steering at fixed addresses. Broken by: a record that lags behind its request, a stale step."""
+
+import math
 
 import numpy as np
 import pytest
@@ -7,36 +9,96 @@ from vllm_pasta.kernels.gpu.launch import Workspace
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.resolution import MAX_SPANS, ResolvedEmphasis
 from vllm_pasta.steering.slots import (
+    ADDS,
+    DIRECT,
     EMPHASISED,
+    END,
     FIRST,
+    GROUP,
     HEADER,
     LOG_ALPHA,
-    NUM_SPANS,
+    LOG_FACTOR,
+    LOG_REST,
+    LOG_WEIGHT,
+    NUM_GROUPS,
     PLAIN,
+    PROMPT_LEN,
+    SEGMENT,
+    SEGMENTS,
+    SLOT,
+    START,
+    SUBTRACTS,
+    WAY,
     SteeringBuffers,
 )
 
 
-def emphasis(spans=((3, 5),), heads=None, alpha=0.01, prompt_len=9):
-    return ResolvedEmphasis(spans, alpha, HeadSet.from_json(heads or {"1": [0, 33]}), prompt_len)
+def emphasis(spans=((3, 5),), heads=None, alpha=0.01, prompt_len=9, factors=()):
+    heads = HeadSet.from_json(heads or {"1": [0, 33]})
+    return ResolvedEmphasis(spans, alpha, heads, prompt_len, factors)
 
 
-def bits(buffers, slot, layer):
-    row = buffers.rows[slot, HEADER + layer * buffers.words :][: buffers.words].numpy()
-    return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+def bits(buffers, row, layer):
+    """The steered heads of a layer, in the step's record of that number."""
+    words = buffers.records[row, buffers.heads_at(layer) :][: buffers.words].numpy()
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
 
 
-def test_row():
+def segments(buffers, row):
+    """Of a step's record and its slot: ``[n, SEGMENT]``."""
+    record = buffers.records[row]
+    further = buffers.groups[record[SLOT]][: (record[NUM_GROUPS] - 1) * GROUP * SEGMENT]
+    words = np.concatenate([record[SEGMENTS:HEADER].numpy(), further.numpy()])
+    return words.reshape(-1, SEGMENT)
+
+
+def floats(words):
+    return words.copy().view(np.float32)
+
+
+def shown(buffers):
+    return buffers.records[:, SLOT].tolist()
+
+
+def test_record():
     buffers = SteeringBuffers(4, 6, num_layers=3, num_heads=40)
     buffers.write(2, emphasis(((3, 5), (7, 8)), {"0": [39], "2": [0, 31, 32]}, 0.5, 20))
-    assert not buffers.rows.any()  # the device is told by show
+    assert shown(buffers) == [PLAIN] * 6  # the device is told by show
     assert buffers.show([0, 2, 1])
-    row = buffers.rows[2]
-    assert row[[FIRST, NUM_SPANS, EMPHASISED]].tolist() == [3, 2, 3]
-    assert row[LOG_ALPHA].numpy().view(np.float32) == np.float32(np.log(0.5))
-    assert [bits(buffers, 2, layer) for layer in range(3)] == [[39], [], [0, 31, 32]]
-    assert row[buffers.bounds_offset :][:5].tolist() == [3, 5, 7, 8, 20]
-    assert buffers.slots.tolist() == [PLAIN, 2, PLAIN, PLAIN, PLAIN, PLAIN]
+    assert shown(buffers) == [PLAIN, 2, PLAIN, PLAIN, PLAIN, PLAIN]
+    record = buffers.records[1].numpy()
+    assert record[[FIRST, PROMPT_LEN, EMPHASISED, NUM_GROUPS, WAY]].tolist() == [3, 20, 3, 1, ADDS]
+    assert floats(record[[LOG_ALPHA, LOG_REST]]).tolist() == [np.float32(math.log(0.5))] * 2
+    assert [bits(buffers, 1, layer) for layer in range(3)] == [[39], [], [0, 31, 32]]
+    # Those that fill the group are empty, and begin where generated tokens do.
+    assert segments(buffers, 1).tolist() == [
+        [3, 5, 0, 0], [7, 8, 0, 0], [20, 20, 0, 0], [20, 20, 0, 0],
+    ]  # fmt: skip
+    assert not buffers.records[0, HEADER:].any()  # a plain record has no steered head
+
+
+@pytest.mark.parametrize(
+    ("alpha", "factors", "way"),
+    [
+        (0.01, (0.3, 1.0), ADDS), (5.0, (2.0, 1.0), SUBTRACTS), (0.1, (0.01, 1.0), DIRECT),
+        (1.0, (0.2, 0.3), DIRECT), (5.0, (), SUBTRACTS), (0.5, (2.0, 1.0), ADDS),
+        (5.0, (7.0, 1.0), DIRECT),
+    ],
+)  # fmt: skip
+def test_strengths(alpha, factors, way):
+    """Logarithms of the factors, and of what they are above alpha."""
+    buffers = SteeringBuffers(1, 1, 2, 40)
+    buffers.write(0, emphasis(((1, 2), (4, 6)), alpha=alpha, factors=factors))
+    buffers.show([0])
+    found = segments(buffers, 0)[:2]
+    assert buffers.records[0, WAY] == way
+    assert found[:, [START, END]].tolist() == [[1, 2], [4, 6]]
+    factors = factors or (1.0, 1.0)
+    assert floats(found[:, LOG_FACTOR]) == pytest.approx(np.log(factors), abs=1e-7)
+    if way != DIRECT:
+        wanted = [math.log((factor - alpha) / (1 - alpha)) for factor in factors]
+        assert floats(found[:, LOG_WEIGHT]) == pytest.approx(wanted, abs=1e-7)
+        assert found[1, LOG_WEIGHT] == 0  # exactly, at full strength
 
 
 def test_heads_of_a_rank():
@@ -55,11 +117,20 @@ def test_slot_is_used_again():
     assert buffers.show([1])
     buffers.write(1, None)
     assert not buffers.show([1])
-    assert buffers.slots.tolist() == [PLAIN, PLAIN]
+    assert shown(buffers) == [PLAIN, PLAIN]
     buffers.write(1, emphasis(((4, 6),), {"1": [0]}))
     assert buffers.show([0, 1])
     assert [bits(buffers, 1, layer) for layer in (0, 1)] == [[], [0]]
-    assert buffers.rows[1, NUM_SPANS] == 1
+    assert segments(buffers, 1)[:, START].tolist() == [4, 9, 9, 9]
+
+
+def test_slot_changes_under_the_same_step():
+    """The step's slots are those of the step before, but one has another request."""
+    buffers = SteeringBuffers(2, 2, 2, 4)
+    for start in (3, 5):
+        buffers.write(0, emphasis(((start, 7),), {"0": [1]}))
+        assert buffers.show([0])
+        assert buffers.records[0, FIRST] == start
 
 
 def test_steps_of_other_sizes():
@@ -69,37 +140,41 @@ def test_steps_of_other_sizes():
         buffers.write(slot, emphasis(heads={"0": [0]}))
     assert buffers.show(np.arange(4))
     assert buffers.show([3])
-    assert buffers.slots.tolist() == [3, PLAIN, PLAIN, PLAIN]
+    assert shown(buffers) == [3, PLAIN, PLAIN, PLAIN]
+    assert not buffers.records[1:, HEADER:].any()
     buffers.hide()
-    assert buffers.slots.tolist() == [PLAIN] * 4
+    assert shown(buffers) == [PLAIN] * 4
 
 
 def test_only_what_changed_is_copied(monkeypatch):
-    """A step of plain requests, or of known ones, moves no rows; one without any moves nothing."""
+    """A step of plain requests, or of the same steered ones as before, copies nothing."""
     buffers = SteeringBuffers(8, 8, 2, 4)
     copied = []
     staged = buffers._pinned
-    monkeypatch.setattr(buffers, "_pinned", lambda t: copied.append(tuple(t.shape)) or staged(t))
+    monkeypatch.setattr(buffers, "_pinned", lambda t: copied.append(t.shape) or staged(t))
     assert not buffers.show(range(8))
     assert copied == []
     buffers.write(5, emphasis(heads={"0": [0]}))
     buffers.write(5, emphasis(heads={"0": [1]}))
     assert buffers.show(range(8))
-    assert copied == [(1,), (1, buffers.rows.shape[1]), (8,)]
+    assert copied == [(8, buffers.records.shape[1])]
     assert bits(buffers, 5, 0) == [1]
-    copied.clear()
     assert buffers.show(range(8))
-    assert copied == [(8,)]
+    assert len(copied) == 1
+    assert buffers.show([5])
+    assert len(copied) == 2
 
 
-@pytest.mark.parametrize("count", [1, MAX_SPANS])
+@pytest.mark.parametrize("count", [1, GROUP, GROUP + 1, MAX_SPANS])
 def test_most_spans(count):
     spans = tuple((2 * i, 2 * i + 1) for i in range(count))
     buffers = SteeringBuffers(1, 1, 1, 4)
     buffers.write(0, emphasis(spans, {"0": [0]}, prompt_len=1000))
     buffers.show([0])
-    shown = buffers.rows[0, buffers.bounds_offset :][: 2 * count + 1]
-    assert shown.tolist() == [bound for span in spans for bound in span] + [1000]
+    assert buffers.records[0, NUM_GROUPS] == -(-count // GROUP)
+    found = segments(buffers, 0)
+    assert [tuple(pair) for pair in found[:count, [START, END]]] == list(spans)
+    assert (found[count:, [START, END]] == 1000).all()
 
 
 def test_size():

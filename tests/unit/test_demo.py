@@ -1,4 +1,4 @@
-"""The demo's judgements and its layout; the whole command: see tests/engine/test_demo.py."""
+"""The demo's judgements and its layout; the whole command: tests/engine/test_demo_command.py."""
 
 import io
 import json

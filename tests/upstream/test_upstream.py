@@ -1,5 +1,6 @@
 """The run-time patches: upstream still is what they were written for, and the ledger is true."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import start
 
-from tools import check_upstream
+from tools import check_upstream, generated
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import attach, plugin
+from vllm_pasta.integration import attach, plugin, refusals
 
 LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
 
@@ -78,6 +79,32 @@ def test_ledger_is_complete():
     for entry in entries:
         for heading in ("why", "how", "upstream status", "can go when"):
             assert heading in entry.lower(), entry
+
+
+def test_generated_tables():
+    """The tables of refusals and of wrapped functions are what the code says."""
+    assert generated.differing() == [], "run `python -m tools.generated`"
+
+
+def test_refusals_are_shown():
+    """Each refusal has an id of its own, and its test speaks of it: a text in the test's file
+    matches its sentence."""
+    refused = [*refusals.ENGINE, *refusals.LAYERS, *refusals.BACKEND, *refusals.LAYER]
+    assert len({refusal.id for refusal in refused}) == len(refused)
+    for refusal in refused:
+        path, _, name = refusal.test.partition("::")
+        tree = ast.parse((LEDGER.parents[1] / path).read_text(encoding="utf-8"))
+        assert name in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        parts = [part for part in re.split("[…(:]", refusal.summary) if len(part) > 9]
+        assert any(
+            isinstance(text, str)
+            and (
+                (len(text) > 9 and text in refusal.summary)
+                or any(part.strip() in text for part in parts)
+            )
+            for text in texts
+        ), f"{refusal.id}: {path} does not say {refusal.summary!r}"
 
 
 def test_register_twice():

@@ -19,7 +19,7 @@ from vllm_pasta.integration.frontend import (
 )
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.integration.scheduler import cache_keys, connectors
-from vllm_pasta.integration.worker import lse, rows
+from vllm_pasta.integration.worker import lse, rows, triton_lse
 
 PATCHES: tuple[Patch, ...] = (
     *entry.PATCHES,
@@ -32,6 +32,7 @@ PATCHES: tuple[Patch, ...] = (
     *connectors.PATCHES,
     *rows.PATCHES,
     *lse.PATCHES,
+    *triton_lse.PATCHES,
 )
 
 HOOKS: dict[str, Callable[..., Any]] = {

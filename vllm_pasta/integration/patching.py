@@ -29,8 +29,8 @@ class Patch:
         wrapper: Called in its place: with the original, then the arguments of the call.
         digests: SHA-256 of the original's source, first 12 characters; several, separated by
             spaces, where the supported vLLMs differ.
-        superseded_by: What a vLLM has that does not need the patch, thanks to one of our diffs: a
-            hook point, or ``module:qualified.name``.
+        superseded_by: What a vLLM has that does not need the patch, thanks to a diff of
+            ``patches/``: a hook point, or ``module:qualified.name``.
         frontend: Applied when a front end starts (it alone has the target's module loaded),
             not in every process.
         backend: The GPU attention backend with whose steered version it is applied, not before.

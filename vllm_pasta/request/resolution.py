@@ -80,8 +80,13 @@ class ResolvedEmphasis:
     def digest(self) -> str:
         """Digest of alpha and heads (not of spans and their factors), the same in every process
         and release."""
-        text = json.dumps([self.alpha.hex(), self.heads.to_wire()])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return _digest([self.alpha.hex(), self.heads.to_wire()])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of all that makes one request's KV differ from another's of the same tokens, the
+        same in every process."""
+        return _digest(self.to_wire())
 
     def to_wire(self) -> dict[str, Any]:
         """Plain dict, list, float, int: for msgpack between vLLM's processes."""
@@ -92,6 +97,12 @@ class ResolvedEmphasis:
             "prompt_len": self.prompt_len,
         }
         return {**wire, "factors": list(self.factors)} if self.factors else wire
+
+    @classmethod
+    def carried_by(cls, params: Any) -> "ResolvedEmphasis | None":
+        """What admission put into a request's sampling params; None where nothing is steered."""
+        wire = wire_of(params)
+        return None if wire is None else cls.from_wire(wire)
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> "ResolvedEmphasis":
@@ -141,6 +152,20 @@ class Resolution:
                 self.spans, self.factors or (1.0,) * len(self.spans), strict=True
             )
         ]
+
+
+def wire_of(params: Any) -> Mapping[str, Any] | None:
+    """The wire form that a request's sampling params carry; None where nothing is steered.
+
+    Args:
+        params: vLLM's; None for a pooling request.
+    """
+    extra_args = (params and params.extra_args) or {}
+    return extra_args.get(WIRE_KEY) or None  # empty: resolved, and there is nothing to steer
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def union(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -44,7 +44,7 @@ def _extra_args(params: Any) -> Mapping[str, Any]:
 
 
 def _with_wire(params: Any, wire: Admitted) -> Any:
-    """A copy of ``params`` that carries ``wire``, and nothing else that is ours."""
+    """A copy of ``params`` that carries ``wire``, and no other field of this plugin."""
     admitted = copy.copy(params)
     admitted.extra_args = {k: v for k, v in _extra_args(params).items() if not is_ours(k)}
     admitted.extra_args[WIRE_KEY] = wire
@@ -75,6 +75,11 @@ class Admission:
     Args:
         vllm_config: The engine's.
         get_tokenizer: Gives the engine's tokenizer, or None; called when first needed.
+
+    Attributes:
+        config: The engine's configuration; None where emphasis is off.
+        locator: Finds marks in prompts; decodes token ids.
+        shape: The model's layers and heads; without any where emphasis is off.
 
     Raises:
         UnsupportedError: emphasis is on, and the engine cannot honour it.

@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
     """Puts what the flags say into the engine's ``additional_config``, in section ``pasta``, and
-    our middleware into the server's ``--middleware``. Flags win."""
+    the plugin's middleware into the server's ``--middleware``. Flags win."""
     middleware = getattr(args, "middleware", None)
     if isinstance(middleware, list) and MIDDLEWARE not in middleware:
         args.middleware = [*middleware, MIDDLEWARE]  # the app is built after the engine

@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.resolution import KEY, WIRE_KEY, Resolution
+from vllm_pasta.request.resolution import KEY, Resolution, wire_of
 
 
 class Counters:
@@ -92,11 +92,7 @@ def count_rows(step: Sequence[tuple[Any, Any]]) -> None:
     Args:
         step: Each request's sampling params (None for a pooling request) and output.
     """
-    steered = [
-        bool(((params and params.extra_args) or {}).get(WIRE_KEY))
-        for params, output in step
-        if output.new_token_ids
-    ]
+    steered = [wire_of(params) is not None for params, output in step if output.new_token_ids]
     if steered:
         counters().steered_rows.inc(sum(steered))
         counters().plain_rows.inc(len(steered) - sum(steered))

@@ -50,7 +50,7 @@ class BeamSearchParams(VllmBeamSearchParams):
         super().__post_init__()
 
 
-if not TYPE_CHECKING:  # a vLLM with our diffs has these fields itself
+if not TYPE_CHECKING:  # a vLLM with the diffs of patches/ has these fields itself
     if hasattr(VllmSamplingParams, "extra"):
         SamplingParams = VllmSamplingParams
     if hasattr(VllmBeamSearchParams, "extra"):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
+from vllm_pasta.request.resolution import ResolvedEmphasis
 
 TAG = "pasta"
 
@@ -42,14 +42,8 @@ def request_emphasis(request: Any) -> ResolvedEmphasis | None:
     try:
         return request._vllm_pasta  # type: ignore[no-any-return]
     except AttributeError:
-        request._vllm_pasta = carried_emphasis(request.sampling_params)
+        request._vllm_pasta = ResolvedEmphasis.carried_by(request.sampling_params)
         return request._vllm_pasta  # type: ignore[no-any-return]
-
-
-def carried_emphasis(params: Any) -> ResolvedEmphasis | None:
-    """The resolved emphasis that admission put into sampling params."""
-    wire = ((params and params.extra_args) or {}).get(WIRE_KEY)
-    return ResolvedEmphasis.from_wire(wire) if wire else None
 
 
 def block_hash_key(request: Any, start: int, end: int) -> tuple[Any, ...] | None:

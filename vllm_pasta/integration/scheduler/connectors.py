@@ -16,8 +16,6 @@ A connector that is not known to be one of these is refused.
 import copy
 import enum
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ from vllm.platforms import current_platform
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.integration.scheduler.cache_keys import TAG, carried_emphasis
+from vllm_pasta.integration.scheduler.cache_keys import TAG
 from vllm_pasta.request.resolution import ResolvedEmphasis
 
 if TYPE_CHECKING:
@@ -57,27 +55,28 @@ FIELD = f"kv_transfer_params.{TAG}"
 
 
 def fingerprint(emphasis: ResolvedEmphasis | None) -> str:
-    """Digest of all that makes one request's KV differ from another's of the same tokens.
-
-    The same in every process.
-    """
-    if emphasis is None or emphasis.is_plain:
-        return PLAIN
-    return hashlib.sha256(json.dumps(emphasis.to_wire()).encode()).hexdigest()[:32]
+    """`ResolvedEmphasis.fingerprint`, or `PLAIN` where nothing is steered."""
+    return PLAIN if emphasis is None or emphasis.is_plain else emphasis.fingerprint
 
 
-def refusals(config: "KVTransferConfig | None") -> list[str]:
-    """Why an engine with this configuration cannot honour emphasis; empty where it can."""
-    reasons = []
-    for name, module_path in _configured(config):
-        if module_path is not None or name not in CONNECTORS:
-            reasons.append(
-                f"KV connector {name} is not known to keep differently steered requests apart "
-                f"(known are {', '.join(CONNECTORS)})"
-            )
-        elif CONNECTORS[name] is Keyed.BLOCK_HASH and current_platform.is_cpu():
-            reasons.append(f"KV connector {name} copies the KV of GPUs, and this engine has none")
-    return reasons
+def unknown(config: "KVTransferConfig | None") -> list[str]:
+    """The connectors of an engine that are not known to keep steered requests apart."""
+    return [
+        name
+        for name, module_path in _configured(config)
+        if module_path is not None or name not in CONNECTORS
+    ]
+
+
+def needing_gpu(config: "KVTransferConfig | None") -> list[str]:
+    """The connectors of an engine without a GPU that copy the KV of GPUs."""
+    if not current_platform.is_cpu():
+        return []
+    return [
+        name
+        for name, module_path in _configured(config)
+        if module_path is None and CONNECTORS.get(name) is Keyed.BLOCK_HASH
+    ]
 
 
 def takes_kv_by_request(config: "KVTransferConfig | None") -> bool:
@@ -142,7 +141,10 @@ class _Fingerprinted:
     def _said(self, request: Any, result: tuple[bool, dict[str, Any] | None]) -> Any:
         delay_free, params = result
         if params and is_enabled(self._vllm_config):
-            params = {**params, TAG: fingerprint(carried_emphasis(request.sampling_params))}
+            params = {
+                **params,
+                TAG: fingerprint(ResolvedEmphasis.carried_by(request.sampling_params)),
+            }
         return delay_free, params
 
 
@@ -183,7 +185,7 @@ class _Salt:
 
 def _salted(request: Any) -> Any:
     """The request, or a copy with one more identifier if it is steered."""
-    emphasis = carried_emphasis(request.sampling_params)
+    emphasis = ResolvedEmphasis.carried_by(request.sampling_params)
     if emphasis is None:
         return request
     view = copy.copy(request)

@@ -2,8 +2,8 @@
 
 The base computes plain attention, by whatever kernel; the steered (row, head) pairs of its output
 are overwritten. So nothing of the base is replaced: ``steer`` puts two mixins before its metadata
-builder and its impl. What is computed, and from which tensors, is the mixins' subclasses' business:
-``cpu`` and ``gpu``.
+builder and its impl. Their subclasses in ``cpu`` and ``gpu`` decide what is computed, and from
+which tensors.
 """
 
 from itertools import filterfalse
@@ -21,8 +21,7 @@ from vllm_pasta.steering.plan import LayerAttention
 
 
 class SteeringBuilder:
-    """Before a metadata builder: puts a step's steering beside the base's metadata, as attribute
-    ``steering``.
+    """Mixin for a vLLM metadata builder: adds ``metadata.steering`` to what the base builds.
 
     An engine has one builder per group of layers whose KV cache is managed alike. All take their
     rows from the same `EmphasisRows`; block tables are the group's own.
@@ -77,7 +76,7 @@ class SteeringBuilder:
 
 
 class SteeringImpl:
-    """Before an attention impl: ``forward`` also steers, where emphasis is on."""
+    """Mixin for a vLLM attention impl: ``forward`` also steers, where emphasis is on."""
 
     layer_index: int | None = None
     """Over the whole model; set by the builder where emphasis is on. None in a draft model."""
@@ -121,8 +120,8 @@ def steer(
 
     Args:
         base: The backend that computes plain attention.
-        builder: Goes before its metadata builder.
-        impl: Goes before its impl.
+        builder: The mixin for its metadata builder.
+        impl: The mixin for its impl.
     """
     bases = {"builder": (builder, base.get_builder_cls()), "impl": (impl, base.get_impl_cls())}
     module = {"__module__": builder.__module__}
@@ -139,7 +138,7 @@ def steer(
 
 
 def layer_attention(impl: Any) -> LayerAttention:
-    """What the base's kernel computes for this layer, in our terms."""
+    """What the base's kernel computes for this layer."""
     window = impl.sliding_window  # CPU: as many keys; GPU: (keys before the row's own, 0)
     if window is not None:
         window = window[0] + 1 if isinstance(window, tuple) else window

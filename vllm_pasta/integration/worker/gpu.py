@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -24,7 +25,7 @@ from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.worker import lse
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steer
 from vllm_pasta.integration.worker.rows import EmphasisRows
-from vllm_pasta.kernels.gpu.launch import Batch, Workspace, is_decode, steered_attention
+from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention, warm_up
 from vllm_pasta.steering.slots import SteeringBuffers
 
 FP8 = {
@@ -61,6 +62,7 @@ class GPUSteeringBuilder(SteeringBuilder):
 
     device: torch.device
     vllm_config: Any
+    kv_cache_spec: Any
     _is_capturing = _is_drafting = False
     _buffers: SteeringBuffers
 
@@ -68,7 +70,23 @@ class GPUSteeringBuilder(SteeringBuilder):
         self._buffers = rows.buffers_on(self.device)
         self._workspaces = rows.workspaces
         for size in {impl.head_size for impl in impls} - rows.workspaces.keys():
-            rows.workspaces[size] = Workspace(size, self.device)
+            rows.workspaces[size] = Workspace(size, self.device, envs.VLLM_BATCH_INVARIANT)
+        for impl in impls:
+            given: list[bool | None] = [None]
+            if lse.is_given(impl):
+                # None too: cascade attention, and some of FlashInfer's kernels, give none.
+                given = [lse.is_flashinfer(impl), None]
+            for in_base_2 in given:
+                warm_up(
+                    self._buffers,
+                    rows.workspaces[impl.head_size],
+                    impl.attention,
+                    (impl.num_heads, impl.num_kv_heads, impl.head_size),
+                    self.kv_cache_spec.block_size,
+                    self.vllm_config.model_config.dtype,
+                    FP8.get(impl.kv_cache_dtype),
+                    in_base_2,
+                )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         self._is_capturing = True
@@ -139,10 +157,6 @@ class GPUSteeringImpl(SteeringImpl):
     head_size: int
     kv_cache_dtype: str
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._compiled: set[bool] = set()  # of the two kernels
-
     def forward(
         self,
         layer: Any,
@@ -166,10 +180,11 @@ class GPUSteeringImpl(SteeringImpl):
             raise UnsupportedError("a draft model's step reached a layer that is to be steered")
         if not self._launches(steering, query.is_cuda):
             return super().forward(*arguments)  # type: ignore[misc, no-any-return]
-        with lse.asking(self) as answer:
-            result: torch.Tensor = super().forward(*arguments)  # type: ignore[misc]
         n = steering.num_tokens
+        with lse.asking(self, attn_metadata, query[:n]) as answer:
+            result: torch.Tensor = super().forward(*arguments)  # type: ignore[misc]
         query, output = query[:n], output[:n]
+        plain = answer.of(query)
         fp8 = FP8.get(self.kv_cache_dtype)
         scales = None
         if fp8 is not None:
@@ -179,16 +194,13 @@ class GPUSteeringImpl(SteeringImpl):
         steered_attention(
             query, kv_cache, output, steering.buffers, self.layer_index, steering.batch,
             self.attention, steering.workspaces[self.head_size],
-            scales, answer.of(query),
+            scales, *(plain or (None, False)),
         )  # fmt: skip
         return result
 
     def _launches(self, steering: Steering, is_cuda: bool) -> bool:
-        """Also where nothing is steered: in graphs, which are replayed when something is; and the
-        first time, at start, so that nothing is left to be compiled."""
-        kernel = is_decode(steering.batch.max_query_len)
-        if steering.is_steered or steering.must_launch or kernel not in self._compiled:
-            self._compiled.add(kernel)
+        """Also where nothing is steered, in graphs, which are replayed when something is."""
+        if steering.is_steered or steering.must_launch:
             return True
         return is_cuda and bool(torch.cuda.is_current_stream_capturing())
 

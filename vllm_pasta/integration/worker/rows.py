@@ -1,19 +1,11 @@
 """Which row of the batch carries which emphasis, in the worker.
 
-vLLM's logits-processor plugins (group ``vllm.logits_processors``) are told in every step which
-requests were added to, removed from and moved within the batch, after the batch is in its final
-order and before attention metadata is built. Ours changes no logits.
-
-vLLM drops such plugins where speculative decoding is on; a run-time patch puts ours back.
-
-Model Runner V2 accepts no class but its own kind, so the class is of both kinds. It tells when a
-request gets a slot, and not when it leaves; its attention metadata says which slot each row is
-(``req_idx``). V1 moves rows, and its metadata says nothing: there a row is its own slot.
-
-A vLLM whose attention metadata tells each row's sampling params (see ``patches/``) needs no such
-detour: there the metadata is asked.
+What tells depends on the vLLM; see `Source`. On stock vLLM it is the group
+``vllm.logits_processors``: `EmphasisRows` is such a plugin, which changes no logits. Model Runner
+V1 and V2 want different kinds, and V2 accepts no class but its own, so the class is of both.
 """
 
+import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -33,16 +25,40 @@ from vllm_pasta.integration import patching
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.request.emphasis import has_emphasis
-from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
+from vllm_pasta.request.resolution import ResolvedEmphasis
 from vllm_pasta.steering.plan import StaticPlan
 from vllm_pasta.steering.slots import SteeringBuffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_NOT_TOLD = "this attention metadata does not tell whose its rows are"
+_NOT_TOLD = "attention metadata does not say which request each row belongs to"
 
 _instances: "WeakValueDictionary[int, EmphasisRows]" = WeakValueDictionary()
+
+
+class Source(enum.Enum):
+    """What tells which request a row of the batch belongs to."""
+
+    BATCH_UPDATES = enum.auto()
+    """Model Runner V1: `EmphasisRows.update_state` gets the requests that were added to, removed
+    from and moved within the batch, after the batch is in its final order and before attention
+    metadata is built. A row is its own slot."""
+    SLOTS = enum.auto()
+    """Model Runner V2: `EmphasisRows.add_request` gets the request that has a slot from now on (and
+    is not called when it leaves), and ``req_idx`` of attention metadata is the slot of each row."""
+    METADATA = enum.auto()
+    """Model Runner V1 of a vLLM with the diff in ``patches/``: ``get_sampling_params`` of
+    attention metadata. A row is its own slot."""
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "Source":
+        """What tells on the model runner of this engine."""
+        if vllm_config.use_v2_model_runner:  # its metadata has `get_sampling_params` unset
+            return cls.SLOTS
+        if hasattr(CommonAttentionMetadata, "get_sampling_params"):
+            return cls.METADATA
+        return cls.BATCH_UPDATES
 
 
 def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
@@ -52,19 +68,15 @@ def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
     Raises:
         UnsupportedError: vLLM did not load logits-processor plugins for this engine.
     """
-    # Model Runner V2 has that attribute, and leaves it out.
-    told = hasattr(CommonAttentionMetadata, "get_sampling_params") and not (
-        vllm_config.use_v2_model_runner
-    )
     rows = _instances.get(id(vllm_config))
     if rows is None or rows.vllm_config is not vllm_config:
-        if not told:
+        if Source.of(vllm_config) is not Source.METADATA:
             raise UnsupportedError(
                 "vLLM did not load vllm-pasta's logits processor (group vllm.logits_processors), "
                 "so no batch row could be told from another"
             )
         rows = EmphasisRows(vllm_config)
-    rows.is_honoured, rows.is_told = True, told
+    rows.is_honoured = True
     return rows
 
 
@@ -76,31 +88,30 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         args: The rest of vLLM's interfaces (device and pinning, or V2's request state); not used.
 
     Attributes:
+        source: What tells whose a row is; None where emphasis is off.
         is_honoured: Whether an attention backend asked for the rows.
-        is_told: Whether attention metadata tells the rows, and not `update_state`.
         workspaces: What layers of a head size share, by that; the GPU backends' business.
 
     Raises:
-        UnsupportedError: emphasis is on, and a layer of the model that V2 has loaded by then is
-            not ours.
+        UnsupportedError: emphasis is on, and the model that V2 has loaded by then has a layer
+            whose attention backend is not this plugin's.
     """
 
     def __init__(self, vllm_config: "VllmConfig", *args: Any) -> None:
         self.vllm_config = vllm_config
-        self._enabled = is_enabled(vllm_config)
-        self._is_v2 = self._enabled and vllm_config.use_v2_model_runner
+        self.source = Source.of(vllm_config) if is_enabled(vllm_config) else None
         self._num_local_heads = (
             vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-            if self._enabled
+            if self.source
             else 0
         )
         self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row; on V2 by slot
         self._plan: StaticPlan | None = None
         self._buffers: SteeringBuffers | None = None
         self._params: list[SamplingParams | None] = []  # by batch row, as metadata last told
-        self.is_honoured = self.is_told = False
+        self.is_honoured = False
         self.workspaces: dict[int, Any] = {}
-        if self._is_v2:
+        if self.source is Source.SLOTS:  # V2 creates this when the model is loaded
             from vllm_pasta.integration import support  # heavy, and front ends load this module
 
             support.check_layers(vllm_config)
@@ -121,9 +132,9 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         """The `plan` of the batch whose attention metadata this is.
 
         Raises:
-            UnsupportedError: the metadata should tell whose its rows are, and does not.
+            UnsupportedError: the metadata should say whose its rows are, and does not.
         """
-        if self.is_told:
+        if self.source is Source.METADATA:
             if metadata.get_sampling_params is None and self.vllm_config.speculative_config:
                 return None  # a draft model's own steps
             self._follow(metadata)
@@ -134,14 +145,14 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         of `buffers_on`.
 
         Raises:
-            UnsupportedError: the metadata should tell whose its rows are, and does not.
+            UnsupportedError: the metadata should say whose its rows are, and does not.
         """
-        if self._is_v2:
+        if self.source is Source.SLOTS:
             if metadata.req_idx is None:
                 raise UnsupportedError(_NOT_TOLD)
             slots: np.ndarray = metadata.req_idx
             return slots
-        if self.is_told:
+        if self.source is Source.METADATA:
             self._follow(metadata)
         return np.arange(metadata.num_reqs)
 
@@ -186,7 +197,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         if emphasis and not self.is_honoured:
             raise UnsupportedError(
                 "a request with emphasis is about to run, but the attention backend is not "
-                "vllm-pasta's: select none, and let no other plugin replace ours"
+                "vllm-pasta's: select none, and let no other plugin replace it"
             )
         if self._buffers is not None:
             for row in before.keys() | emphasis.keys():
@@ -194,14 +205,22 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
                     self._buffers.write(row, emphasis.get(row))
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if self._enabled and not self.is_told and batch_update is not None:
+        """V1's interface: how the batch changed since the last step."""
+        if self.source is None or batch_update is None:
+            return
+        # A steering backend asks the metadata instead; without one, `_set` must refuse.
+        if self.source is not Source.METADATA or not self.is_honoured:
             emphasis = dict(self._emphasis)
             process_dict_updates(emphasis, batch_update, self._new_state)
             self._set(emphasis)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """V2's interface: whose this slot is now. Whether logits are changed."""
-        if self._enabled:
+        """V2's interface: whose this slot is now.
+
+        Returns:
+            Whether `apply` is to be called for the request: never.
+        """
+        if self.source is not None:
             emphasis = self._new_state(sampling_params)
             others = {slot: e for slot, e in self._emphasis.items() if slot != req_idx}
             self._set(others if emphasis is None else {**others, req_idx: emphasis})
@@ -224,14 +243,12 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
 
     @staticmethod
     def _new_state(params: SamplingParams, *_: Any) -> ResolvedEmphasis | None:
-        extra_args = params.extra_args or {}
-        if has_emphasis(extra_args):
+        if has_emphasis(params.extra_args):
             raise UnsupportedError(
                 "a request with emphasis reached the worker without passing admission; "
                 "was it built without vLLM's InputProcessor?"
             )
-        wire = extra_args.get(WIRE_KEY)
-        return ResolvedEmphasis.from_wire(wire) if wire else None
+        return ResolvedEmphasis.carried_by(params)
 
 
 def _build_logitsprocs(
