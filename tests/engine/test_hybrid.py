@@ -27,7 +27,11 @@ class Model:
 
     def __init__(self, kind, folder, dtype="float32"):
         from conftest import start
+        from vllm.distributed import parallel_state
 
+        if kind == "qwen3_next" and parallel_state._TP is not None:
+            # Engines in this process share the groups of the first, which has no experts.
+            parallel_state._EP = parallel_state._EP or parallel_state._TP
         self.folder = tiny_model(folder, kind, getattr(torch, dtype))
         self.llm = start(
             folder,
