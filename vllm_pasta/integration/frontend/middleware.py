@@ -175,13 +175,13 @@ def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
     return body, False
 
 
-def refusal(error: EmphasisError) -> JSONResponse:
+def refusal(error: Exception) -> JSONResponse:
     """HTTP 400 in the shape of vLLM's own errors."""
     status = HTTPStatus.BAD_REQUEST
     detail = {
         "message": str(error),
         "type": "BadRequestError",
-        "param": error.field,
+        "param": error.field if isinstance(error, EmphasisError) else None,
         "code": status.value,
     }
     return JSONResponse({"error": detail}, status_code=status)

@@ -16,9 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
-from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.frontend.admission import Admission
-from vllm_pasta.integration.frontend.middleware import rewrite
+from vllm_pasta.integration.frontend.middleware import refusal, rewrite
 from vllm_pasta.request.emphasis import RETURN_KEY
 from vllm_pasta.request.heads import HeadSet
 
@@ -77,9 +76,7 @@ async def resolve(request: Request) -> JSONResponse:
             return JSONResponse(prompts.model_dump(), status_code=prompts.error.code)
         return JSONResponse({"prompts": [_dry_run(admission, params, p) for p in prompts]})
     except (ValueError, VLLMClientError) as e:
-        field = e.field if isinstance(e, EmphasisError) else None
-        error = {"message": str(e), "type": "BadRequestError", "param": field, "code": 400}
-        return JSONResponse({"error": error}, status_code=400)
+        return refusal(e)
 
 
 def _dry_run(admission: Admission, params: Any, prompt: dict[str, Any]) -> dict[str, Any]:
