@@ -4,7 +4,7 @@ import contextlib
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -160,6 +160,8 @@ def is_letter(char):
 
 
 @settings(max_examples=1000, deadline=None)
+@example("**w\n2) w**")  # interrupts no paragraph
+@example("2) **$---\n2) ## > w**)- ")  # but follows another item
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map("".join))
 def test_commonmark(text):
     """The same is strong as by markdown-it-py, in paragraphs, lists, quotes, code and HTML; the
