@@ -310,7 +310,12 @@ def test_truncated_prompt(client):
 def test_routes(server, heads_file):
     """What is known, and a dry run."""
     known = http.get(f"{server}/v1/emphasis/head_sets").json()
-    assert known["model"] == {"layers": 30, "query_heads": 9}
+    attention_layers = list(range(30))
+    assert known["model"] == {
+        "layers": 30,
+        "query_heads": 9,
+        "attention_layers": attention_layers,
+    }
     assert known["default"]["count"] == 45
     assert known["head_sets"]["smollm2-135m-instruct"]["provenance"]["model"]
     url = f"{server}/v1/emphasis/resolve"
