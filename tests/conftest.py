@@ -154,6 +154,7 @@ def pytest_configure(config):
     faulthandler.dump_traceback_later(SESSION_SECONDS, exit=True, file=os.dup(2))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook of this name
 def pytest_collection_modifyitems(items):
     for item in items:
         kind = kind_of(item)
