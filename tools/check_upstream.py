@@ -74,6 +74,8 @@ class Source:
 
     def module(self, name: str) -> tuple[str, ast.Module] | None:
         """Text and tree of a module; None where there is none."""
+        if name.partition(".")[0] != "vllm":
+            return None  # a wheel holds nothing else, and a folder beside vLLM is not vLLM's
         if name not in self._modules:
             file = self._file(name)
             text = file.read_text(encoding="utf-8") if file.is_file() else None
