@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tools.check_upstream import _GPU as BASES
 from vllm_pasta.errors import ConfigError, UnsupportedError
-from vllm_pasta.integration import plugin, refusals, registry, support
+from vllm_pasta.integration import plugin, registry, support
 from vllm_pasta.integration.worker import gpu, rows
 from vllm_pasta.integration.worker.backend import SteeringImpl, layer_attention
 from vllm_pasta.request.heads import HeadSet
@@ -345,7 +345,8 @@ def change(value, changes):
 def test_refused(reason, config, monkeypatch):
     support.check_engine(config)
     if reason == "VLLM_BATCH_INVARIANT":
-        monkeypatch.setattr(refusals.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+        envs.disable_envs_cache()  # an attribute set here would stay, and hide the variable
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     if reason.startswith("on a GPU"):
         monkeypatch.setattr("vllm.__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
