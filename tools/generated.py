@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tools import registry
 from vllm_pasta.integration.attach import PATCHES
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, LAYERS, Refusal
@@ -53,6 +54,7 @@ def targets() -> str:
 
 
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
+    ("docs/models.md", "architectures"): registry.table,
     ("docs/features.md", "refusals"): refusals,
     ("patches/README.md", "targets"): targets,
 }

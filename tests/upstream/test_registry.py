@@ -1,0 +1,45 @@
+"""Which architectures of the installed vLLM are accepted: the code that refuses engines decides.
+
+Broken by: a refusal that takes more models than it should; a vLLM whose registry, or whose models'
+source, is not what `tools.registry` reads.
+"""
+
+from tools import registry
+
+
+def test_every_architecture_has_a_verdict():
+    """Most are accepted; those that are not, by a refusal that exists, or could not be read."""
+    found = registry.verdicts()
+    assert len(found) == sum(len(names) for names in registry.MAPS.values()) >= 262
+    reasons = {verdict.reason for verdict in found.values()}
+    ids = {refusal.id for refusal in (*registry.ENGINE, *registry.LAYER)}
+    assert reasons <= {registry.ACCEPTED, registry.NOT_READ, *ids}
+    assert sum(verdict.reason == registry.ACCEPTED for verdict in found.values()) >= 200
+
+
+def test_kinds():
+    """Architectures that were read by hand have the verdict that follows from their layers."""
+    found = registry.verdicts()
+    for name in ("LlamaForCausalLM", "GptOssForCausalLM", "Qwen2_5_VLForConditionalGeneration",
+                 "Gemma3ForConditionalGeneration", "SmolLM3ForCausalLM"):  # fmt: skip
+        assert found[name].reason == registry.ACCEPTED
+        assert not found[name].is_hybrid
+        assert not found[name].uses_mla
+    assert found["LlamaForCausalLM"].layers == {"Attention"}
+    for name in ("Qwen3NextForCausalLM", "NemotronHForCausalLM", "JambaForCausalLM",
+                 "Lfm2ForCausalLM", "Qwen3_5ForConditionalGeneration"):  # fmt: skip
+        assert found[name].reason == registry.ACCEPTED
+        assert found[name].is_hybrid
+    for name in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "LongcatFlashForCausalLM"):
+        assert found[name].uses_mla
+        assert "MLAAttention" in found[name].layers
+    assert "DeepseekV32IndexerCache" in found["GlmMoeDsaForCausalLM"].layers
+    assert "DeepseekV32IndexerCache" not in found["DeepseekV3ForCausalLM"].layers
+    for name, reason in {
+        "Mamba2ForCausalLM": "no-attention",
+        "WhisperForConditionalGeneration": "encoder-decoder",
+        "DiffusionGemmaForBlockDiffusion": "diffusion",
+        "Llama4ForCausalLM": "layer-kind",
+        "MiniMaxM3SparseForCausalLM": "layer-kind",
+    }.items():
+        assert found[name].reason == reason
