@@ -9,9 +9,9 @@ from vllm_pasta.errors import ConfigError
 def cache_dir() -> Path:
     """``VLLM_PASTA_CACHE``: folder for what is made once and kept.
 
-    It holds the demo's converted model, the compiled C++ kernel, IFEval's sentence model, and the
-    logs of the engines that commands start. Default: ``$XDG_CACHE_HOME/vllm-pasta``, or
-    ``~/.cache/vllm-pasta``.
+    It holds the demo's converted model, the compiled C++ kernel, the heads that were found for
+    models, IFEval's sentence model, and the logs of the engines that commands start. Default:
+    ``$XDG_CACHE_HOME/vllm-pasta``, or ``~/.cache/vllm-pasta``.
     """
     if path := os.environ.get("VLLM_PASTA_CACHE"):
         return Path(path)

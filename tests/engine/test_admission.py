@@ -10,7 +10,7 @@ import vllm_pasta
 from vllm_pasta import EmphasisError, HeadSetError, UnsupportedError
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.integration.config import PastaConfig
-from vllm_pasta.request.heads import bundled
+from vllm_pasta.request.head_sets.library import bundled
 from vllm_pasta.request.resolution import WIRE_KEY
 from vllm_pasta.verify.oracle import Steering
 
@@ -18,6 +18,7 @@ PROMPT = "Name three colours. Answer in JSON. Be brief."
 MESSAGES = [{"role": "user", "content": PROMPT}]
 HEADS = {layer: list(heads) for layer, heads in bundled()["smollm2-135m-instruct"].layers}
 BUNDLED = ", ".join(sorted(bundled()))
+FITTING = ", ".join(sorted(name for name in bundled() if name.startswith("smollm2")))
 
 
 def params(emphasis=None, **options):
@@ -110,7 +111,7 @@ REFUSED = {
     "alpha": ({"text": "JSON", "alpha": -1}, r"emphasis.alpha.*got -1"),
     "unknown head set": (
         {"text": "JSON", "heads": "nope"},
-        rf"'nope'; known head sets: {BUNDLED}; this model has 30 layers of 9 ",
+        rf"'nope'; known head sets that fit: {FITTING}; this model has 30 layers of 9 ",
     ),
     "layer out of range": ({"text": "JSON", "heads": {"30": [0]}}, r"30 layers \(0 to 29\)"),
     "head out of range": ({"text": "JSON", "heads": {"3": [9]}}, r"9 query heads \(0 to 8\)"),
@@ -295,6 +296,8 @@ def test_layer_that_cannot_be_steered(where, attribute, value, reason, small_bat
         ({"heads": {"x": [1]}}, HeadSetError, "layer"),
         ({"heads": 3}, ConfigError, "got 3"),
         ({"alpha": 0}, ConfigError, "alpha: expected a finite number above 0"),
+        ({"heads": {"heads": {"1": [0]}, "alpha": 0}}, HeadSetError, "alpha of the head set"),
+        ({"head_sets": {"auto": "a.json"}}, ConfigError, "'auto' is the name of what a search"),
         ({"markup_roles": "user"}, ConfigError, "markup_roles: expected a list of roles"),
         ({"markup": "html"}, ConfigError, "markup: expected one of tag, markdown, stars, off"),
         ({"beta": 1}, ConfigError, "unknown field 'beta'; known are heads, alpha, head_sets"),
@@ -323,7 +326,8 @@ def test_configured_names(tmp_path):
     (tmp_path / "a.json").write_text('{"1": [0]}')
     config = PastaConfig.parse({"head_sets": {"mine": str(tmp_path / "a.json")}, "heads": "mine"})
     assert config.heads == config.head_sets["mine"] == vllm_pasta.HeadSet.from_json({"1": [0]})
-    assert config.alpha == 0.01
+    assert config.alpha is None
+    assert config.alpha_of(config.heads, None) == (0.01, "default")
 
 
 def test_extra_and_extra_args():

@@ -13,7 +13,7 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 import vllm_pasta
 from vllm_pasta import EmphasisError
-from vllm_pasta.request.heads import bundled
+from vllm_pasta.request.head_sets.library import bundled
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.verify.oracle import Steering
 

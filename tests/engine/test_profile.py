@@ -270,6 +270,15 @@ def test_sizes_by_held_out_score(command):
     assert list(provenance["held_out"]) == ["0", "1", "2", "3", "5", "8", "12"]
     assert str(provenance["top_k"]) in provenance["held_out"]
     assert "## Held-out examples, by number of heads" in printed
+    command(
+        "profile", "--examples", "3", "--top-k", "auto", "--search", "halving", "--alpha", "0.1,0.5"
+    )  # fmt: skip
+    provenance = HeadSet.load("heads.json").provenance
+    k, alpha = provenance["top_k"], provenance["alpha"]
+    assert f"{k} α={alpha:g}" in provenance["held_out"]
+    assert len(provenance["held_out"]) == 1 + 2 * 6
+    refused = command("profile", "--alpha", "0.1,0.5", "--top-k", "3", status=1).err
+    assert "--alpha: several are for --top-k auto" in refused
 
 
 def test_several_tasks(command):

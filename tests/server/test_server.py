@@ -318,11 +318,19 @@ def test_routes(server, heads_file):
     }
     assert known["default"]["count"] == 45
     assert known["head_sets"]["smollm2-135m-instruct"]["provenance"]["model"]
+    assert all(name.startswith("smollm2-135m-") for name in known["head_sets"])  # what fits
     url = f"{server}/v1/emphasis/resolve"
     body = {"model": "m", "prompt": PROMPT, "emphasis": FACT}
     (resolved,) = http.post(url, json=body).json()["prompts"]
     assert resolved["emphasised"][0]["text"].strip() == FACT
     assert (resolved["alpha"], resolved["heads"]) == (0.01, HEADS)
+    assert resolved["alpha_from"] == known["default"]["alpha_from"]
+    own = known["head_sets"]["smollm2-135m-json"]
+    named = {**body, "emphasis": {"text": FACT, "heads": "smollm2-135m-json"}}
+    (resolved,) = http.post(url, json=named).json()["prompts"]
+    assert {key: resolved[key] for key in ("alpha", "alpha_from", "heads")} == {
+        key: own[key] for key in ("alpha", "alpha_from", "heads")
+    }
     talk = {"model": "m", "messages": chat(USER), "emphasis": [{"role": "system"}]}
     (resolved,) = http.post(url, json=talk).json()["prompts"]
     assert resolved["emphasised"][0]["text"].strip() == "Be brief."

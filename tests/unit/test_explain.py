@@ -37,6 +37,24 @@ def test_json(explain):
     assert report["emphasised"] == [{"tokens": [9, 10], "text": " brief", "pieces": [" brief"]}]
 
 
+@pytest.mark.parametrize(
+    ("fields", "alpha", "said"),
+    [
+        ({"alpha": 0.3, "heads": "smollm2-135m-json"}, 0.3, "α 0.3, from the request"),
+        ({"heads": "smollm2-135m-json"}, 0.1, "α 0.1, from the head set, unless the server"),
+        ({"heads": {"heads": {"1": [0]}, "alpha": 0.2}}, 0.2, "α 0.2, from the head set"),
+        ({"heads": {"1": [0]}}, None, "α from the server, else the head set, else 0.01"),
+        ({}, None, "α from the server, else the head set, else 0.01"),
+    ],
+)
+def test_strength(explain, fields, alpha, said):
+    """As far as the request alone tells: it, or else its head set."""
+    emphasis = json.dumps({"text": "JSON", **fields})
+    assert said in explain("--prompt", PROMPT, "--emphasis", emphasis)[1]
+    report = json.loads(explain("--prompt", PROMPT, "--emphasis", emphasis, "--json")[1])
+    assert report["alpha"] == alpha
+
+
 def test_tags_and_messages(explain, tmp_path):
     """Tags are read by default; a conversation goes through its template."""
     _, out, _ = explain("--prompt", "a <b>word</b> here", "--tag", "b")

@@ -1,9 +1,20 @@
 """Head set files: both forms, and what is refused."""
 
+import threading
+
 import pytest
 
 from vllm_pasta import HeadSet, HeadSetError
-from vllm_pasta.request.heads import bundled
+from vllm_pasta.request.head_sets import auto
+from vllm_pasta.request.head_sets.library import (
+    Model,
+    bundled,
+    chosen_for,
+    describe,
+    fits,
+    names,
+)
+from vllm_pasta.request.shape import ModelShape
 
 
 def test_reference_form(tmp_path):
@@ -51,6 +62,15 @@ def test_malformed_file(text, words, tmp_path):
     assert str(path) in str(refused.value)
 
 
+def test_a_set_has_its_own_alpha():
+    assert HeadSet.from_json({"heads": {"2": [0]}, "alpha": 0.1}).alpha == 0.1
+    assert HeadSet.from_json({"heads": {"2": [0]}}).alpha is None
+    assert HeadSet.from_json({"2": [0]}).alpha is None
+    for wrong in (0, -1, "0.1", True, float("nan")):
+        with pytest.raises(HeadSetError, match="alpha of the head set: expected a finite number"):
+            HeadSet.from_json({"heads": {"2": [0]}, "alpha": wrong})
+
+
 def test_check():
     heads = HeadSet.from_json({"2": [0, 8]})
     heads.check(3, 9)
@@ -59,8 +79,107 @@ def test_check():
             heads.check(*sizes)
 
 
+def model(name, *, model_type="qwen3", hidden_size=4096, layers=36, heads=32):
+    return Model(name, model_type, hidden_size, ModelShape(layers, heads, tuple(range(layers))))
+
+
 def test_bundled_fit_their_models():
-    sets = bundled()
-    sets["smollm2-135m-instruct"].check(30, 9)
-    for heads in sets.values():
+    """Each is for a model that has all of its heads; those of others say whose they are."""
+    for name, heads in bundled().items():
         assert heads.provenance["model"]
+        made_for = heads.provenance["for"]
+        heads.check(made_for["layers"], made_for["query_heads"])
+        if not name.startswith("smollm2"):
+            assert heads.provenance["published_by"]
+            assert heads.provenance["licence"] in ("MIT", "Apache-2.0")
+            assert "not measured by this project" in describe(heads)
+            assert heads.provenance["note"].startswith("Not measured by this project.")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B-Base", "/models/qwen3-8b-base/", "Qwen3-8B-Base"])
+def test_a_set_is_chosen_for_its_model(name):
+    served = model(name)
+    found = chosen_for(served, bundled())
+    assert found.name == "qwen3-8b-base-seka"
+    assert list(names(bundled(), served)) == ["qwen3-8b-base-seka"]
+
+
+@pytest.mark.parametrize(
+    "served",
+    [
+        model("Qwen/Qwen3-8B"),  # the same shape, another model
+        model("Qwen3-8B-Base-mine"),
+        model("Qwen3-8B-Base", layers=35),
+        model("Qwen3-8B-Base", heads=16),
+        model("Qwen3-8B-Base", hidden_size=2560),
+        model("Qwen3-8B-Base", model_type="llama"),
+    ],
+)
+def test_nothing_is_chosen_for_another_model(served):
+    assert chosen_for(served, bundled()) is None
+
+
+def test_what_fits_may_be_named():
+    """A chat model of the same shape may use the base model's set; another shape may not."""
+    sets = bundled()
+    assert fits(sets["qwen3-8b-base-seka"], model("Qwen3-8B"))
+    assert not fits(sets["qwen3-4b-base-seka"], model("Qwen3-8B"))
+    assert fits(HeadSet.from_json({"35": [31]}), model("any"))
+    assert not fits(HeadSet.from_json({"36": [31]}), model("any"))
+
+
+def fake_model(folder, weights=b"weights"):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return str(folder)
+
+
+def test_found_heads_are_kept_by_model(tmp_path, monkeypatch):
+    """A copy of a model has its heads; one with other weights has none."""
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(tmp_path / "cache"))
+    weights = bytes(3 * auto.SAMPLES * auto.SAMPLE_BYTES)
+    one, copy = (fake_model(tmp_path / name, weights) for name in ("one", "copy"))
+    other = fake_model(tmp_path / "other", weights[:-1] + b"1")
+    assert auto.load(one) is None
+    heads = HeadSet.from_json({"heads": {"1": [0]}, "alpha": 0.3})
+    with auto.alone(auto.path(one), pytest.fail):
+        auto.save(heads, auto.path(one))
+    for same in (one, copy):
+        assert (auto.load(same), auto.load(same).alpha, auto.load(same).name) == (
+            heads,
+            0.3,
+            "auto",
+        )
+    assert auto.load(other) is None
+    assert auto.ensure(one, None, {}) == heads  # nothing is searched
+    assert auto.path("no/such-model") is None
+    snapshot = tmp_path / "snapshots" / ("0123456789" * 4)
+    snapshot.parent.mkdir()
+    assert auto.digest(fake_model(snapshot)) == "0123456789012345"
+
+
+def test_one_search_at_a_time(tmp_path):
+    """The second waits for the first, and says so."""
+    file, waits, done = tmp_path / "heads" / "a.json", threading.Event(), threading.Event()
+
+    def second():
+        with auto.alone(file, waits.set):
+            done.set()
+
+    with auto.alone(file, pytest.fail):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(30)
+        assert not done.is_set()
+    thread.join(30)
+    assert done.is_set()
+
+
+def test_a_search_that_fails(tmp_path, monkeypatch):
+    """The error has the reason, and what to do instead."""
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(tmp_path / "cache"))
+    broken = fake_model(tmp_path / "broken")
+    with pytest.raises(HeadSetError, match=r"no heads were found.*Name a head set.*status 1") as e:
+        auto.ensure(broken, None, {})
+    assert "no message" not in str(e.value)

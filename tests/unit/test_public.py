@@ -14,7 +14,7 @@ import pytest
 import vllm_pasta
 from vllm_pasta import ConfigError, EmphasisError, envs, tasks
 from vllm_pasta.cli.main import parser
-from vllm_pasta.request.heads import bundled
+from vllm_pasta.request.head_sets.library import bundled
 
 ROOT = Path(vllm_pasta.__file__).parent
 PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -46,7 +46,15 @@ def test_tasks():
     }
     assert all(hasattr(tasks, name) for name in tasks.__all__)
     assert tasks.GROUP == "vllm_pasta.tasks"
-    assert set(tasks.names()) >= {"counterfact", "json", "pronouns", "biasbios", "kv", "ifeval"}
+    assert set(tasks.names()) >= {
+        "counterfact",
+        "json",
+        "pronouns",
+        "biasbios",
+        "arithmetic",
+        "kv",
+        "ifeval",
+    }
 
 
 def test_entry_points():

@@ -4,8 +4,12 @@ import random
 
 import pytest
 
+from vllm_pasta import tasks
 from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling import methods
 from vllm_pasta.profiling.estimates import Estimate, overlap, rank_correlation
+from vllm_pasta.profiling.evaluation import Row
+from vllm_pasta.profiling.report import plots, tables
 from vllm_pasta.profiling.search import selection, sizes, strategies
 
 HEADS = [(layer, head) for layer in range(30) for head in range(9)]
@@ -118,7 +122,59 @@ def test_nothing_selected():
     ],
 )
 def test_best_size(scores, fluencies, expected):
-    assert sizes.best_size(scores, fluencies) == expected
+    """Where the task is nothing but obedience."""
+    obedience = {(k, 0.1): value for k, value in scores.items()} | {sizes.PLAIN_CHOICE: 0.2}
+    fluency = {(k, 0.1): value for k, value in fluencies.items()}
+    assert sizes.best(obedience, dict.fromkeys(obedience), fluency) == (expected, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ({(5, 0.1): (0.9, 0.3), (9, 0.1): (0.95, 0.2)}, (5, 0.1)),  # the larger sum
+        ({(5, 0.1): (0.9, 0.3), (5, 0.3): (0.9, 0.3)}, (5, 0.3)),  # the mildest
+        ({(5, 0.1): (0.9, 0.1), (5, 0.9): (0.21, 0.9)}, (5, 0.1)),  # hardly obeys: not considered
+        ({(5, 0.1): (0.1, 0.5), (9, 0.1): (0.15, 0.2)}, (5, 0.1)),  # nothing obeys more than plain
+    ],
+)
+def test_best_weighs_obedience_and_the_task(points, expected):
+    points = {sizes.PLAIN_CHOICE: (0.2, 0.9), **points}
+    obedience, retained = ({c: p[i] for c, p in points.items()} for i in (0, 1))
+    assert sizes.best(obedience, retained, dict.fromkeys(list(points)[1:], 1.0)) == expected
+
+
+def test_front():
+    """What another beats in one respect, and in the other no less, is not on it."""
+    points = {"a": (0.1, 0.9), "b": (0.5, 0.5), "c": (0.5, 0.4), "d": (0.4, 0.5), "e": (0.9, 0.1)}
+    assert sizes.front(points) == ["a", "b", "e"]
+
+
+def rows(points):
+    task = tasks.load("counterfact")
+    for name, (x, y) in points.items():
+        yield Row(task.name, methods.Method(name), {}, x, x, y)
+
+
+def test_table_of_obedience_and_the_task():
+    """Both for every method; a star where no other is better in both."""
+    points = {"zero-shot": (0.2, 0.9), "all α=0.1": (0.8, 0.1), "all α=0.5": (0.1, 0.85)}
+    task = tasks.load("counterfact")
+    assert tables.both([task], list(rows(points))) == [
+        ["", "counterfact obeys", "counterfact retains"],
+        ["zero-shot", "20.0 *", "90.0"],
+        ["all α=0.1", "80.0 *", "10.0"],
+        ["all α=0.5", "10.0", "85.0"],
+    ]
+
+
+def test_plot_of_obedience_and_the_task(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = {"zero-shot": (0.2, 0.9), "all α=0.1": (0.8, 0.1)}
+    task = tasks.load("counterfact")
+    plots.pareto(tmp_path / "a.png", [task], list(rows(points)), "m")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(PastaError, match="nothing to draw"):
+        plots.pareto(tmp_path / "b.png", [tasks.load("kv")], [], "m")
 
 
 def test_estimates():

@@ -58,6 +58,34 @@ def test_json_scores(answer, valid, right):
     scores = task.score(example, {"answer": Answer(text=answer.format(**example.fields))})
     assert (scores["F.Acc"], scores["P.Acc"]) == (valid, right)
     assert scores[task.objective] == (valid + right) / 2
+    assert scores["right"] == (right or answer == "{occupation}")  # the task itself, JSON or not
+
+
+@pytest.mark.parametrize(
+    ("answer", "form", "right"),
+    [
+        ("Solution: {steps}", 1, 1),
+        (" **Solution**: it is {result}.", 1, 1),
+        ("The answer is {result}.", 0, 1),
+        ("Solution: {result} and 9999", 1, 0),  # the last number counts
+        ("{result} is the Solution: ?", 0, 1),
+        ("", 0, 0),
+    ],
+)
+def test_arithmetic_scores(answer, form, right):
+    """Form and result by themselves."""
+    task, example = first("arithmetic")
+    scores = task.score(example, {"answer": Answer(text=answer.format(**example.fields))})
+    assert scores == {"format": form, "right": right, "both": form * right}
+
+
+def test_what_is_retained_is_not_what_obeys():
+    """Every task names columns that it has; what it retains is judged by other ones."""
+    for name in ALL:
+        task = tasks.load(name)
+        assert {*task.obedience, *task.retained} <= set(task.columns)
+        assert task.obedience
+        assert not {*task.obedience} & {*task.retained}
 
 
 LONG = "were born by the sea and went to school in a small town far away from home"
@@ -272,6 +300,11 @@ def test_public_formats(tmp_path):
     (tmp_path / "kv_retrieval_75.jsonl").write_text(json.dumps(pair))
     (example,) = tasks.load("kv").read(tmp_path / "kv_retrieval_75.jsonl")
     assert tasks.load("kv").probes(example)[0].emphasis == '"b": "2"'
+
+    gsm8k = {"question": "Two and 1,000?", "answer": "2+1000 = <<2+1000=1002>>1002\n#### 1,002"}
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps(gsm8k))
+    (example,) = tasks.load("arithmetic").read(tmp_path / "gsm8k.jsonl")
+    assert (example.fields["steps"], example.fields["result"]) == ("2+1000 = 1002", 1002)
 
     for record, emphasis in (
         (IFEVAL, "Your answer must not have any commas."),

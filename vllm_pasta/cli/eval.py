@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"comma-separated: {methods.KNOWN}",
     )  # fmt: skip
     parser.add_argument(
-        "--alpha", type=options.alphas, default=[0.01],
-        help="scale factors of methods that steer; comma-separated (0.01)",
+        "--alpha", type=options.alphas, default=[None],
+        help="scale factors of methods that steer; comma-separated (a head set's own, else 0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--head-counts", type=options.counts, default=[],
@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plots", type=Path, metavar="PNG", help="plot the scores by method, head count and alpha"
     )
+    parser.add_argument(
+        "--pareto", type=Path, metavar="PNG",
+        help="plot how far the model obeys against how far it still does the rest of each task; "
+        "the table then has both, and marks what no other method beats in both",
+    )  # fmt: skip
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--markdown", action="store_true", help="print a Markdown table")
     shown.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -68,9 +73,10 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates: progress on stderr, the table on stdout."""
     chosen = [tasks.load(name) for name in args.tasks]
     check_plugin()
-    if args.plots:
-        with options.named("--plots"):
-            plots.pyplot()  # now, not after hours of answers
+    for option, file in (("--plots", args.plots), ("--pareto", args.pareto)):
+        with options.named(option):
+            if file:
+                plots.pyplot()  # now, not after hours of answers
     model = args.model or str(smollm2.model_path())
     with options.named("--methods"):
         asked = methods.parse_all(args.methods, args.alpha, args.head_counts, every_head(model))
@@ -91,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plots:
         plots.methods(args.plots, chosen, rows, info["model"])
     table = tables.cells(chosen, rows)
+    if args.pareto:
+        plots.pareto(args.pareto, chosen, rows, info["model"])
+        table = tables.both(chosen, rows)
     if args.json:
         data = {
             name: {"source": s.source, "digest": s.digest, "examples": len(s.examples)}

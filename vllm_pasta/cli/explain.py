@@ -10,6 +10,8 @@ from vllm_pasta.cli import terminal
 from vllm_pasta.errors import EmphasisError, PastaError
 from vllm_pasta.request.chat import Chat
 from vllm_pasta.request.emphasis import Emphasis
+from vllm_pasta.request.head_sets.library import bundled
+from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
 from vllm_pasta.request.locate import Located, Locator
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import KEY
@@ -57,11 +59,33 @@ def run(args: argparse.Namespace) -> int:
         ids = tokenizer(text)["input_ids"]
     markup = Markup(emphasis.markup or "off", args.tag, emphasis.keep_marks in (None, True))
     located = Locator(lambda: tokenizer).locate(emphasis, markup, ids, text, chat)
+    alpha, alpha_from = strength(emphasis)
     if args.json:
-        print(json.dumps(to_json(tokenizer, located), ensure_ascii=False, indent=1))
+        report = {**to_json(tokenizer, located), "alpha": alpha, "alpha_from": alpha_from}
+        print(json.dumps(report, ensure_ascii=False, indent=1))
     else:
         show(tokenizer, located, sys.stdout)
+        said = "" if alpha is None else f"α {alpha:g}, from the {alpha_from}"
+        if alpha_from == "head set":
+            said += ", unless the server has an α of its own"
+        print(said or f"α from the {alpha_from}")
     return 0
+
+
+def strength(emphasis: Emphasis) -> tuple[float | None, str]:
+    """The factor of unmarked tokens as far as the request alone tells, and who gives it.
+
+    Returns:
+        The factor and "request" or "head set"; or None and who would give it: "server, else the
+        head set, else 0.01".
+    """
+    heads = emphasis.heads
+    known = heads if isinstance(heads, HeadSet) else bundled().get(heads or "")
+    if emphasis.alpha is not None:
+        return emphasis.alpha, "request"
+    if known is not None and known.alpha is not None:
+        return known.alpha, "head set"
+    return None, f"server, else the head set, else {DEFAULT_ALPHA}"
 
 
 def to_json(tokenizer: Any, located: Located) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from vllm_pasta import tasks
 from vllm_pasta.cli import options, smollm2
 from vllm_pasta.cli.session import check_plugin, engine_session
 from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling import auto as auto_search
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.engine import describe, engine_options, every_head
 from vllm_pasta.profiling.methods import head_set
@@ -17,6 +19,7 @@ from vllm_pasta.profiling.search import sizes, strategies
 from vllm_pasta.profiling.search.ranking import Ranker, rankings
 from vllm_pasta.profiling.search.selection import check_not_empty, select
 from vllm_pasta.profiling.store import Store
+from vllm_pasta.request.head_sets import auto
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.tasks import sample
 
@@ -33,12 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``vllm-pasta profile``."""
     options.add_arguments(parser)
     parser.add_argument(
-        "--alpha", type=options.alpha, default=0.01, help="scale factor (%(default)s)"
-    )
+        "--auto", action="store_true",
+        help="find what a server with --pasta-heads auto serves, and keep it in the cache folder "
+        "for that server; or show it, if it was found before. No other option but --engine counts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alpha", type=options.alphas, default=[0.01],
+        help="scale factor (0.01); with --top-k auto several, comma-separated: heads are ranked "
+        "with the first, and the best is chosen",
+    )  # fmt: skip
     parser.add_argument(
         "--top-k", type=_top_k, default=50, metavar="K",
-        help="number of heads to select from the top of each task's ranking, or \"auto\": the best "
-        "number by the score on held-out examples (%(default)s)",
+        help="number of heads to select from the top of each task's ranking, or \"auto\": the "
+        "number that obeys most and still does the task, on held-out examples (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--select", choices=("intersection", "union", "task"), default="intersection",
@@ -70,7 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profiles: progress on stderr, the report on stdout."""
+    if args.auto:
+        return _auto(args)
     chosen = [tasks.load(name) for name in args.tasks]
+    if len(args.alpha) > 1 and args.top_k != "auto":
+        raise PastaError("--alpha: several are for --top-k auto, which chooses one")
     if args.shard and args.search != "full":
         raise PastaError("--shard: only --search full can be split; the others are quick")
     check_plugin()
@@ -81,9 +95,10 @@ def run(args: argparse.Namespace) -> int:
     path, others = _answer_files(args.out, args.shard)
     store = Store(path, run_info, others)
     heads = every_head(model)
+    ranked_with = args.alpha[0]
     with Asker(model, engine, store, partial(engine_session, "profile"), args.stop_after) as asker:
         rankers = {
-            task.name: Ranker(asker, store, task, samples[task.name], args.alpha, args.likelihood)
+            task.name: Ranker(asker, store, task, samples[task.name], ranked_with, args.likelihood)
             for task in chosen
         }
         if args.shard:
@@ -99,13 +114,14 @@ def run(args: argparse.Namespace) -> int:
             held_out = sizes.held_out(
                 asker, profiles, args.select, args.alpha, args.examples, args.seed, args.data
             )
-    k = sizes.choose(held_out) if held_out else args.top_k
+    k, alpha = sizes.choose(held_out) if held_out else (args.top_k, ranked_with)
     sets = select(rankings(profiles), k, args.select)
     with options.named("--top-k, --select"):
         check_not_empty(sets, k)
     info = {
         **run_info,
-        "alpha": args.alpha,
+        "alpha": alpha,
+        **({"ranked_with_alpha": ranked_with} if alpha != ranked_with else {}),
         "search": args.search,
         "select": args.select,
         "top_k": k,
@@ -116,7 +132,12 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "split": "train",
         "profiles": {profile.task.name: markdown.to_json(profile) for profile in profiles},
-        "held_out": {str(size): sizes.summary(rows) for size, rows in held_out.items()},
+        "held_out": {
+            f"{size} α={factor:g}" if size and len(args.alpha) > 1 else str(size): sizes.summary(
+                rows
+            )
+            for (size, factor), rows in held_out.items()
+        },
     }
     for name, found in sets.items():
         out = args.out.with_stem(f"{args.out.stem}-{name}") if name else args.out
@@ -126,6 +147,40 @@ def run(args: argparse.Namespace) -> int:
         with options.named("--compare"):
             compared = markdown.compare(profiles, HeadSet.load(args.compare), k)
     print(markdown.write(args.out, info, profiles, sets, held_out, compared))
+    return 0
+
+
+def _auto(args: argparse.Namespace) -> int:
+    """Finds heads for any use, unless they are kept already, and shows them."""
+    check_plugin()
+    model = args.model or str(smollm2.model_path())
+    revision = args.engine.get("revision")
+    if auto.digest(model, revision) is None:
+        from transformers import AutoConfig
+
+        try:  # loads the configuration, by which the model is known
+            AutoConfig.from_pretrained(model, revision=revision)
+        except (OSError, ValueError) as e:
+            raise PastaError(f"{model}: no model there: {str(e).splitlines()[0]}") from e
+    path = auto.path(model, revision)
+    if path is None:
+        raise PastaError(f"{model}: expected a folder, or the name of a model of the hub")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = auto.load(model, revision)
+    if found is None:
+        with auto.alone(path, lambda: say("Another process finds heads for this model: waiting.")):
+            found = auto.load(model, revision)  # whoever had the lock may have found them
+            if found is None:
+                say(f"Finding heads for {model}. This is done once; they are kept in {path}")
+                found = auto_search.find(
+                    args.model or smollm2.NAME, model, args.engine,
+                    partial(engine_session, "profile"), sys.stderr,
+                )  # fmt: skip
+                auto.save(found, path)
+    print(markdown.describe(found, path))
     return 0
 
 

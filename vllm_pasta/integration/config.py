@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 
 from vllm_pasta.errors import ConfigError
-from vllm_pasta.request.heads import HeadSet, bundled, find
+from vllm_pasta.request.head_sets import auto
+from vllm_pasta.request.head_sets.library import Model, bundled, chosen_for, find, names
+from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
 from vllm_pasta.request.marks import parse_alpha
 from vllm_pasta.request.markup import MARKUPS, ROLES, Markup
 
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "pasta"
-DEFAULT_ALPHA = 0.01
-"""The paper's. Results are not sensitive to it (section 5.3)."""
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,54 @@ class PastaConfig:
 
     Attributes:
         heads: Head set of requests that name none; None means that each must bring its own.
-        alpha: Scale factor of requests that give none.
+        alpha: Scale factor of requests that give none; None means that of the head set.
         head_sets: Head sets that requests may name.
+        origin: Why these are the ``heads``, for the log.
         markup: Markup of requests that choose none; off unless configured.
     """
 
     heads: HeadSet | None
-    alpha: float
+    alpha: float | None
     head_sets: Mapping[str, HeadSet]
     markup: Markup = field(default_factory=Markup)
+    origin: str = "the configuration names them"
+
+    def alpha_of(self, heads: HeadSet, asked: float | None) -> tuple[float, str]:
+        """The scale factor of a request, and who gives it.
+
+        Args:
+            heads: The request's heads.
+            asked: The factor that the request itself gives, if any.
+
+        Returns:
+            The factor; and ``"request"``, ``"server"``, ``"head set"`` or ``"default"``, of which
+            the first that gives one decides.
+        """
+        given = {"request": asked, "server": self.alpha, "head set": heads.alpha}
+        return next(
+            ((alpha, source) for source, alpha in given.items() if alpha is not None),
+            (DEFAULT_ALPHA, "default"),
+        )
 
     @classmethod
-    def parse(cls, value: Any) -> "PastaConfig":
+    def parse(
+        cls, value: Any, model: Model | None = None, engine: Mapping[str, Any] | None = None
+    ) -> "PastaConfig":
         """Reads the ``pasta`` section; every field may be absent.
 
         ``{"heads": …, "alpha": …, "head_sets": {name: path}, "markup": …, "markup_roles": [role],
         "tag": …, "keep_marks": …}``. ``heads`` is the path of a head set file, the name of a head
-        set, or ``{"layer": [heads]}``.
+        set, ``"auto"``, or ``{"layer": [heads]}``.
+
+        Args:
+            value: The section.
+            model: The model that is served, without which there is no ``"auto"``, and no set is
+                chosen for the model where the section names none.
+            engine: For ``"auto"``, see `auto.ensure`.
 
         Raises:
             ConfigError: unknown field or wrong type.
-            HeadSetError: a file is missing or malformed.
+            HeadSetError: a file is missing or malformed; ``"auto"`` found no heads.
         """
         if not isinstance(value, Mapping):
             raise ConfigError(f"additional_config[{KEY!r}]: expected an object, got {value!r:.80}")
@@ -62,36 +89,80 @@ class PastaConfig:
         if not isinstance(paths, Mapping):
             raise ConfigError(f"head_sets: expected {{name: path}}, got {paths!r:.80}")
         for name, path in paths.items():
+            if name == auto.AUTO:
+                raise ConfigError(f"head_sets: {name!r} is the name of what a search finds")
             head_sets[name] = _head_set(path, head_sets)
-        heads = value.get("heads")
         alpha = value.get("alpha")
         try:
-            alpha = DEFAULT_ALPHA if alpha is None else parse_alpha(alpha)
+            alpha = None if alpha is None else parse_alpha(alpha)
         except ValueError as e:
             raise ConfigError(f"alpha: {e}") from None
-        return cls(
-            None if heads is None else _head_set(heads, head_sets),
-            alpha,
-            head_sets,
-            _markup(value),
-        )
+        markup = _markup(value)
+        wanted, origin = value.get("heads"), cls.origin
+        if wanted == auto.AUTO:
+            if model is None:
+                raise ConfigError('heads: "auto" needs to know the model')
+            head_sets[auto.AUTO] = auto.ensure(model.name, model.revision, engine or {})
+            origin = "a search found them for this model"
+        heads = None if wanted is None else _head_set(wanted, head_sets)
+        if wanted is None and model is not None:
+            heads = chosen_for(model, head_sets)
+            origin = f"no heads are configured, and the model is called {model.short_name}"
+        return cls(heads, alpha, head_sets, markup, origin)
+
+    def names(self, model: Model) -> list[str]:
+        """The names of the head sets that fit a model."""
+        return list(names(self.head_sets, model))
 
     @classmethod
-    def of(cls, vllm_config: "VllmConfig") -> "PastaConfig | None":
-        """The configuration of an engine, or None where emphasis is not switched on."""
-        if not is_enabled(vllm_config):
-            return None
-        return cls.parse(_section(vllm_config) or {})
+    def of(cls, vllm_config: "VllmConfig", model: Model) -> "PastaConfig":
+        """The configuration of an engine on which emphasis is switched on.
+
+        Args:
+            vllm_config: The engine's.
+            model: The model that it serves.
+        """
+        return cls.parse(
+            section_of(vllm_config.additional_config) or {},
+            model,
+            engine_options(vllm_config.model_config, vllm_config.parallel_config),
+        )
 
 
 def is_enabled(vllm_config: "VllmConfig") -> bool:
     """Whether the engine was asked to honour emphasis: by its config, or by ``VLLM_PLUGINS``."""
-    return _section(vllm_config) is not None or KEY in (envs.VLLM_PLUGINS or ())
+    return section_of(vllm_config.additional_config) is not None or KEY in (envs.VLLM_PLUGINS or ())
 
 
-def _section(vllm_config: "VllmConfig") -> Any:
-    config = vllm_config.additional_config
-    return config.get(KEY) if isinstance(config, Mapping) else None
+def section_of(additional_config: Any) -> Any:
+    """The ``pasta`` section of an engine's ``additional_config``; None where there is none."""
+    return additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+
+
+_ENGINE = (
+    "tokenizer", "revision", "tokenizer_revision", "code_revision", "trust_remote_code", "dtype",
+    "quantization", "load_format", "hf_overrides", "tensor_parallel_size", "pipeline_parallel_size",
+)  # fmt: skip
+"""Arguments of an engine without which another could not load its model."""
+
+
+def engine_options(*sources: Any) -> dict[str, Any]:
+    """The arguments of ``vllm.LLM`` with which another engine can load the same model.
+
+    Args:
+        sources: vLLM's engine arguments, or the parts of a `VllmConfig` that have them.
+    """
+    found = {name: getattr(s, name) for s in sources for name in _ENGINE if hasattr(s, name)}
+    given = {name: _json(value) for name, value in found.items()}
+    return {name: value for name, value in given.items() if value not in (None, {}, False)}
+
+
+def _json(value: Any) -> Any:
+    """A setting as a JSON value: a dtype by its name; None where there is no such value."""
+    if value is None or isinstance(value, bool | int | str | dict):
+        return value
+    text = str(value)
+    return text.removeprefix("torch.") if text.startswith("torch.") else None
 
 
 def _markup(section: Mapping[str, Any]) -> Markup:

@@ -25,6 +25,7 @@ from vllm_pasta.integration.refusals import (
     Layers,
     Refusal,
 )
+from vllm_pasta.request.head_sets.library import Model
 from vllm_pasta.request.heads import ranges
 from vllm_pasta.request.shape import ModelShape, attention_layers
 
@@ -109,6 +110,18 @@ def shape_of(vllm_config: "VllmConfig") -> ModelShape:
         layers = attention_layers(model.hf_text_config, num_layers)
     num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
     return ModelShape(num_layers, num_heads, layers)
+
+
+def model_of(vllm_config: "VllmConfig") -> Model:
+    """Which model an engine serves, as far as head sets depend on it."""
+    config = vllm_config.model_config
+    return Model(
+        name=config.model,
+        model_type=config.hf_text_config.model_type,
+        hidden_size=config.get_hidden_size(),
+        shape=shape_of(vllm_config),
+        revision=config.revision,
+    )
 
 
 def check_layer(name: str, layer: Attention, num_heads: int) -> None:

@@ -21,12 +21,17 @@ class Row:
         method: The method.
         metrics: Each metric's estimate.
         score: The mean of the metrics that the task is judged by, 0 to 1.
+        obedience: How far the model follows what is emphasised, 0 to 1, see `Task.obedience`.
+        retained: How far it still does the rest of the task, 0 to 1, see `Task.retained`; None for
+            a task that is nothing but obedience.
     """
 
     task: str
     method: Method
     metrics: dict[str, Estimate]
     score: float
+    obedience: float
+    retained: float | None
 
 
 def evaluate(
@@ -74,4 +79,12 @@ def _row(task: Task, method: Method, scores: Sequence[dict[str, float]]) -> Row:
         metric: [score[metric] for score in scores if metric in score] for metric in task.columns
     }
     metrics = {metric: Estimate.of(found) for metric, found in values.items() if found}
-    return Row(task.name, method, metrics, fmean([metrics[name].mean for name in task.judged]))
+
+    def mean(names: Sequence[str]) -> float | None:
+        means = [metrics[name].mean for name in names if name in metrics]
+        return fmean(means) if means else None
+
+    score, obedience = mean(task.judged), mean(task.obedience)
+    assert score is not None
+    assert obedience is not None
+    return Row(task.name, method, metrics, score, obedience, mean(task.retained))

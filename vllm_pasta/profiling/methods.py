@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_pasta.errors import HeadSetError, PastaError
-from vllm_pasta.request import heads as head_sets
-from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.head_sets import library
+from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
 
 Head = tuple[int, int]
 """Layer and query head, both from 0 on."""
@@ -86,12 +86,12 @@ def head_set(heads: Sequence[Head]) -> HeadSet:
     return HeadSet.from_json(layers)
 
 
-def parse(text: str, alpha: float, every: Sequence[Head]) -> Method:
+def parse(text: str, alpha: float | None, every: Sequence[Head]) -> Method:
     """The method of that name.
 
     Args:
         text: A name; `KNOWN` lists them.
-        alpha: Scale factor of a method that steers.
+        alpha: Scale factor of a method that steers; None means the head set's own, else 0.01.
         every: All heads of the model.
 
     Raises:
@@ -103,20 +103,22 @@ def parse(text: str, alpha: float, every: Sequence[Head]) -> Method:
         return Method(text, mark=MARKS[text])
     if text == "few-shot":
         return Method(text, shots=SHOTS)
+    factor = DEFAULT_ALPHA if alpha is None else alpha
     if text == "all":
-        return steer(text, every, alpha)
+        return steer(text, every, factor)
     if match := re.fullmatch(r"layers?:(\d+)(?:-(\d+))?", text):
         first, last = int(match[1]), int(match[2] or match[1])
         chosen = [head for head in every if first <= head[0] <= last]
         if not chosen or last > every[-1][0]:
             raise PastaError(f"{text}: this model's layers are 0 to {every[-1][0]}")
-        return steer(text, chosen, alpha)
+        return steer(text, chosen, factor)
     if re.fullmatch(r"head:\d+\.\d+", text):
         head = parse_head(text.removeprefix("head:"))
         if head not in every:
             raise PastaError(f"{text}: this model's last head is {head_name(every[-1])}")
-        return steer(text, [head], alpha)
-    return Method(text, heads=load_heads(text, every), alpha=alpha)
+        return steer(text, [head], factor)
+    heads = load_heads(text, every)
+    return Method(text, heads=heads, alpha=(heads.alpha or factor) if alpha is None else alpha)
 
 
 def load_heads(text: str, every: Sequence[Head]) -> HeadSet:
@@ -126,7 +128,7 @@ def load_heads(text: str, every: Sequence[Head]) -> HeadSet:
         PastaError: there is no such head set; or it has a head that the model does not have.
     """
     try:
-        heads = head_sets.find(text)
+        heads = library.find(text)
     except HeadSetError as e:
         raise PastaError(f"method {text!r}: expected {KNOWN}; {e}") from e
     heads.check(every[-1][0] + 1, every[-1][1] + 1, sorted({layer for layer, _ in every}))
@@ -134,13 +136,16 @@ def load_heads(text: str, every: Sequence[Head]) -> HeadSet:
 
 
 def parse_all(
-    texts: Sequence[str], alphas: Sequence[float], counts: Sequence[int], every: Sequence[Head]
+    texts: Sequence[str],
+    alphas: Sequence[float | None],
+    counts: Sequence[int],
+    every: Sequence[Head],
 ) -> list[Method]:
     """All methods of these names; those that steer, once for each alpha.
 
     Args:
         texts: Names, see `KNOWN`.
-        alphas: Scale factors.
+        alphas: Scale factors; None means a head set's own, else 0.01.
         counts: For head sets that a profile made: further methods, each with that many heads from
             the top of the profile's rankings.
         every: All heads of the model.
@@ -157,7 +162,7 @@ def parse_all(
                 methods += _first_of_ranking(method, counts)
             for each in methods:
                 swept = each.heads is not None and len(alphas) > 1
-                name = f"{each.name} α={alpha:g}" if swept else each.name
+                name = f"{each.name} α={each.alpha:g}" if swept else each.name
                 found[name] = replace(each, name=name)
     return list(found.values())
 

@@ -5,17 +5,21 @@ A head set file is JSON in either of two forms:
     {"20": [0, 1, 2], "21": [4]}                  as in the PASTA reference: layer -> query heads
     {"heads": {"20": [0, 1, 2]}, "model": …, …}   the same, with provenance beside it
 
-Layers and query heads are numbered over the whole model.
+Layers and query heads are numbered over the whole model. Of what stands beside the heads, ``alpha``
+is the strength that the set was chosen with: it holds where neither request nor server gives one.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vllm_pasta.errors import HeadSetError, show
+from vllm_pasta.request.marks import parse_alpha
+
+DEFAULT_ALPHA = 0.01
+"""The paper's, for a head set that says none of its own."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,18 @@ class HeadSet:
         layers: ``((layer, (head, …)), …)``, both sorted, no layer without heads.
         name: What to call it in messages; not part of its identity.
         provenance: The file's other fields (model, tasks, scores, …); not part of its identity.
+        alpha: The set's own scale factor, which holds where neither request nor server gives one;
+            None where its file says none. Not part of its identity.
     """
 
     layers: tuple[tuple[int, tuple[int, ...]], ...]
     name: str = field(default="", compare=False)
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    @property
+    def alpha(self) -> float | None:
+        alpha = self.provenance.get("alpha")
+        return None if alpha is None else float(alpha)
 
     def __len__(self) -> int:
         return sum(len(heads) for _, heads in self.layers)
@@ -40,7 +51,8 @@ class HeadSet:
         """Builds a head set from either JSON form.
 
         Raises:
-            HeadSetError: not a known form; a negative or repeated head; no head at all.
+            HeadSetError: not a known form; a negative or repeated head; no head at all; an
+                ``alpha`` that is no finite number above 0.
         """
         if not isinstance(value, Mapping):
             raise HeadSetError(
@@ -51,6 +63,11 @@ class HeadSet:
         if "heads" in value:
             provenance = {k: v for k, v in value.items() if k != "heads"}
             value = value["heads"]
+            try:
+                if provenance.get("alpha") is not None:
+                    parse_alpha(provenance["alpha"])
+            except ValueError as e:
+                raise HeadSetError(f"alpha of the head set: {e}") from None
             if not isinstance(value, Mapping):
                 raise HeadSetError(
                     f'expected "heads": {{"layer": [heads]}}, got {type(value).__name__}'
@@ -138,37 +155,6 @@ def ranges(indices: Iterable[int]) -> str:
         else:
             groups.append([index, index])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in groups) or "none"
-
-
-def find(name: str, known: Mapping[str, HeadSet] | None = None) -> HeadSet:
-    """The head set of that name, or else the one in the file of that path.
-
-    Args:
-        name: A name among ``known``, or a path.
-        known: Head sets by name; None means those that come with the package.
-
-    Raises:
-        HeadSetError: neither a known name nor a readable head set file.
-    """
-    known = bundled() if known is None else known
-    if name in known:
-        return known[name]
-    try:
-        return HeadSet.load(name)
-    except HeadSetError as e:
-        raise HeadSetError(f"{e}. Head sets known by name: {', '.join(sorted(known))}") from e
-
-
-def bundled() -> dict[str, HeadSet]:
-    """The head sets that come with the package, by name."""
-    folder = resources.files("vllm_pasta.request") / "head_sets"
-    return {
-        Path(entry.name).stem: HeadSet.from_json(
-            json.loads(entry.read_text(encoding="utf-8")), name=Path(entry.name).stem
-        )
-        for entry in folder.iterdir()
-        if entry.name.endswith(".json")
-    }
 
 
 def _dump(value: Any, indent: str = "") -> str:

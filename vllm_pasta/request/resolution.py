@@ -126,6 +126,7 @@ class Resolution:
         spans: The marked token ranges, those included that are as strong as unmarked tokens.
         factors: A factor for each of ``spans``; empty where all are 1, full strength.
         prompt: Which prompt of the request's list it is, from 0.
+        alpha_from: Who gave ``emphasis.alpha``: "request", "server", "head set" or "default".
     """
 
     emphasis: ResolvedEmphasis
@@ -134,6 +135,7 @@ class Resolution:
     spans: tuple[Span, ...]
     factors: tuple[float, ...] = ()
     prompt: int = 0
+    alpha_from: str = "request"
 
     def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """The marked token ranges and their text, for people; and ``alpha``, a mark's own factor,

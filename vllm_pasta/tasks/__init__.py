@@ -1,4 +1,4 @@
-"""Tasks on which emphasis is evaluated and heads are ranked: the paper's four, and two more."""
+"""Tasks on which emphasis is evaluated and heads are ranked: the paper's four, and three more."""
 
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -17,6 +17,7 @@ BUILT_IN = {
     "json": "biographies:JsonFormatting",
     "pronouns": "biographies:PronounChanging",
     "biasbios": "biographies:BiasBios",
+    "arithmetic": "arithmetic:Arithmetic",
     "kv": "kv_retrieval:KeyValueRetrieval",
     "ifeval": "ifeval:IfEval",
 }

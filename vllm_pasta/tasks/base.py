@@ -78,6 +78,11 @@ class Task(ABC):
         files: File names of the public data set; the first file that exists is read.
         columns: The metrics that tables show, each with its meaning. Proportions are from 0 to 1.
         judged: The columns whose mean is the task's score, as in the paper.
+        obedience: The columns whose mean says whether the model follows what is emphasised; those
+            of ``judged`` unless given.
+        retained: The columns whose mean says whether it still does the rest of the task. They must
+            not depend on obedience: an answer may be right and disobey. Empty where the task is
+            nothing but obedience.
         objective: The metric by which heads are ranked; higher is better.
     """
 
@@ -85,7 +90,14 @@ class Task(ABC):
     files: ClassVar[tuple[str, ...]]
     columns: ClassVar[Mapping[str, str]]
     judged: ClassVar[tuple[str, ...]]
+    obedience: ClassVar[tuple[str, ...]] = ()
+    retained: ClassVar[tuple[str, ...]] = ()
     objective: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "judged" in vars(cls) and "obedience" not in vars(cls):
+            cls.obedience = cls.judged
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[Example]:

@@ -57,9 +57,12 @@ class JsonFormatting(_Biographies):
     columns: ClassVar = {
         "F.Acc": "some {…} of the answer parses as JSON",
         "P.Acc": "and the occupation is part of some value",
+        "right": "the occupation is somewhere in the answer, JSON or not",
         **_OF_TEXT,
     }
     judged = ("F.Acc", "P.Acc")
+    obedience = ("F.Acc",)
+    retained = ("right",)
     objective = "F.Acc+P.Acc"
 
     def probes(self, example: Example) -> list[Probe]:
@@ -81,6 +84,7 @@ class JsonFormatting(_Biographies):
             "F.Acc": valid,
             "P.Acc": right,
             "F.Acc+P.Acc": fmean([valid, right]),
+            "right": float(example.fields["occupation"].casefold() in text.casefold()),
             **_of_text(example.fields, text),
         }
 
@@ -95,6 +99,7 @@ class PronounChanging(_Biographies):
         **_OF_TEXT,
     }
     judged = ("Acc", "A.Acc")
+    retained = ("consistency",)
     objective = "A.Acc"
 
     def read(self, path: Path) -> Iterator[Example]:

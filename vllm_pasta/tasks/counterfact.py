@@ -32,6 +32,7 @@ class CounterFact(Task):
         "consistency": "likeness of the answer to the new fact",
     }
     judged = ("ES", "PS")
+    retained = ("NS",)
     objective = "margin"
 
     def read(self, path: Path) -> Iterator[Example]:

@@ -13,7 +13,7 @@ from vllm_pasta.cli.session import engine_session
 from vllm_pasta.cli.terminal import Phase
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.engine import FP32_NOTICE, cpu_dtype
-from vllm_pasta.request.heads import find
+from vllm_pasta.request.head_sets.library import find
 
 HELP = "real prompts on vLLM, plain and emphasised, side by side"
 DESCRIPTION = (

@@ -10,15 +10,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 
 from vllm_pasta.errors import EmphasisError, HeadSetError
 from vllm_pasta.integration import support
-from vllm_pasta.integration.config import PastaConfig
+from vllm_pasta.integration.config import PastaConfig, is_enabled
 from vllm_pasta.integration.frontend import metrics
 from vllm_pasta.integration.scheduler import connectors
 from vllm_pasta.request.chat import Reading, read_messages, read_text
 from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, has_emphasis, is_ours
+from vllm_pasta.request.head_sets.library import describe
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, READING_KEY, Locator
 from vllm_pasta.request.markup import Markup
@@ -33,6 +35,8 @@ from vllm_pasta.request.shape import ModelShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 class Admitted(dict[str, Any]):
@@ -80,6 +84,7 @@ class Admission:
         config: The engine's configuration; None where emphasis is off.
         locator: Finds marks in prompts; decodes token ids.
         shape: The model's layers and heads; without any where emphasis is off.
+        known: Names of the head sets that fit the model; none where emphasis is off.
 
     Raises:
         UnsupportedError: emphasis is on, and the engine cannot honour it.
@@ -87,16 +92,25 @@ class Admission:
     """
 
     def __init__(self, vllm_config: "VllmConfig", get_tokenizer: Callable[[], Any]) -> None:
-        self.config = PastaConfig.of(vllm_config)
+        self.config: PastaConfig | None = None
         self.locator = Locator(get_tokenizer)
         self.shape = ModelShape(0, 0, ())
+        self.known: list[str] = []
         self._takes_kv = False
-        if self.config is not None:
+        if is_enabled(vllm_config):
             support.check_engine(vllm_config)
             self._takes_kv = connectors.takes_kv_by_request(vllm_config.kv_transfer_config)
-            self.shape = support.shape_of(vllm_config)
-            if self.config.heads is not None:
-                self.shape.check(self.config.heads)
+            model = support.model_of(vllm_config)
+            self.shape = model.shape
+            config = PastaConfig.of(vllm_config, model)
+            self.config, self.known = config, config.names(model)
+            if config.heads is not None:
+                self.shape.check(config.heads)
+                logger.info(
+                    "Emphasis: requests that name no heads steer %s: %s.",
+                    describe(config.heads),
+                    config.origin,
+                )
 
     def admit(self, params: Any, prompt: dict[str, Any], *, resumable: bool = False) -> Any:
         """Resolves ``params``' emphasis for one prompt.
@@ -270,13 +284,15 @@ class Admission:
         located = self.locator.locate(
             emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY), reading
         )
-        alpha = self.config.alpha if emphasis.alpha is None else emphasis.alpha
         heads = self._heads(emphasis.heads, needed=bool(located.marks))
+        alpha, alpha_from = self.config.alpha_of(heads, emphasis.alpha)
         spans, factors = strongest(located.marks, alpha)
         resolved = ResolvedEmphasis(spans, alpha, heads, len(located.token_ids), factors)
         text = None if located.tokenized is None else located.tokenized.text
         index, _ = prompt.get(INDEX_KEY) or (0, 1)
-        return Resolution(resolved, located.token_ids, text, located.spans, located.factors, index)
+        return Resolution(
+            resolved, located.token_ids, text, located.spans, located.factors, index, alpha_from
+        )
 
     @staticmethod
     def _parsed(extra_args: Mapping[str, Any], index: tuple[int, int] | None) -> Emphasis | None:
@@ -293,25 +309,28 @@ class Admission:
 
     def _heads(self, wanted: HeadSet | str | None, *, needed: bool) -> HeadSet:
         assert self.config is not None
-        known = ", ".join(sorted(self.config.head_sets)) or "none"
+        known = ", ".join(self.known) or "none"
         sizes = f"this model has {self.shape}"
         if wanted is None:
             if self.config.heads is None and needed:
                 raise EmphasisError(
                     "no head set: the request gives none and the server has no default. Give "
-                    f'{{"layer": [heads]}} or a name; known head sets: {known}; {sizes}',
+                    f'{{"layer": [heads]}} or a name; known head sets that fit: {known}; {sizes}. '
+                    'A server that is started with "heads": "auto" finds some for its model',
                     field="emphasis.heads",
                 )
             return self.config.heads or HeadSet(())
         if isinstance(wanted, str):
             if wanted not in self.config.head_sets:
                 raise EmphasisError(
-                    f"unknown head set {wanted!r:.80}; known head sets: {known}; {sizes}",
+                    f"unknown head set {wanted!r:.80}; known head sets that fit: {known}; {sizes}",
                     field="emphasis.heads",
                 )
             wanted = self.config.head_sets[wanted]
         try:
             self.shape.check(wanted)
         except HeadSetError as e:
-            raise EmphasisError(f"{e}; known head sets: {known}", field="emphasis.heads") from None
+            raise EmphasisError(
+                f"{e}; known head sets that fit: {known}", field="emphasis.heads"
+            ) from None
         return wanted

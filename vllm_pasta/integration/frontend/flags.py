@@ -5,8 +5,10 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from vllm_pasta.integration.config import DEFAULT_ALPHA, KEY
+from vllm_pasta.integration.config import KEY, engine_options, section_of
 from vllm_pasta.integration.patching import Patch
+from vllm_pasta.request.head_sets import auto
+from vllm_pasta.request.heads import DEFAULT_ALPHA
 
 MIDDLEWARE = "vllm_pasta.integration.frontend.middleware.EmphasisMiddleware"
 
@@ -29,15 +31,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pasta-heads",
         metavar="FILE",
-        help="Head set of requests that give none: a file, or a bundled head set's name. "
-        "Switches emphasis on.",
+        help="Head set of requests that give none: a file, a bundled head set's name, or 'auto': "
+        "find heads for this model before the first start, and keep them. Switches emphasis on.",
     )
     group.add_argument(
         "--pasta-alpha",
         type=float,
         metavar="ALPHA",
         help="Factor by which attention to the prompt's other tokens is scaled, for requests "
-        f"that give none (default: {DEFAULT_ALPHA}). Switches emphasis on.",
+        f"that give none (default: the head set's own, else {DEFAULT_ALPHA}). Switches emphasis "
+        "on.",
     )
 
 
@@ -57,6 +60,18 @@ def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
         engine_args.additional_config = {**config, KEY: {**(config.get(KEY) or {}), **given}}
         # Further API servers start from these, in processes that load plugins only after this.
         args.additional_config = engine_args.additional_config
+    _find_heads(args, engine_args)
+
+
+def _find_heads(args: argparse.Namespace, engine_args: Any) -> None:
+    """Where several API servers will start, beside an engine: finds ``"auto"`` heads before either.
+
+    A single API server finds them itself, in `Admission`, since it starts before its engine.
+    """
+    section = section_of(engine_args.additional_config)
+    is_auto = isinstance(section, dict) and section.get("heads") == auto.AUTO
+    if is_auto and (getattr(args, "api_server_count", None) or 1) > 1:
+        auto.ensure(engine_args.model, engine_args.revision, engine_options(engine_args))
 
 
 def _plugin(name: str) -> str:

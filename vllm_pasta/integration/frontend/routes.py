@@ -2,7 +2,8 @@
 
 vLLM loads them only where ``VLLM_PLUGINS`` names ``pasta``.
 
-- ``GET /v1/emphasis/head_sets``: the head sets by name, with provenance; this model's sizes.
+- ``GET /v1/emphasis/head_sets``: the head sets that fit this model, by name, with provenance; its
+  sizes.
 - ``POST /v1/emphasis/resolve``: a body as for completions or chat completions; answers what would
   be emphasised, without generating.
 """
@@ -16,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
+from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend.admission import Admission
 from vllm_pasta.integration.frontend.middleware import refusal, rewrite
 from vllm_pasta.request.emphasis import RETURN_KEY
@@ -37,7 +39,7 @@ class EmphasisRoutes:
 
 
 async def head_sets(request: Request) -> dict[str, Any]:
-    """The head sets that requests may name, and the default."""
+    """The default heads, and the head sets that fit the served model, for requests to name."""
     admission: Admission = request.app.state.pasta_admission
     config = admission.config
     assert config is not None  # the routes are loaded where VLLM_PLUGINS switches emphasis on
@@ -47,9 +49,8 @@ async def head_sets(request: Request) -> dict[str, Any]:
             "query_heads": admission.shape.num_heads,
             "attention_layers": list(admission.shape.attention_layers),
         },
-        "alpha": config.alpha,
-        "default": config.heads and _describe(config.heads),
-        "head_sets": {name: _describe(heads) for name, heads in config.head_sets.items()},
+        "default": config.heads and _describe(config, config.heads),
+        "head_sets": {name: _describe(config, config.head_sets[name]) for name in admission.known},
     }
 
 
@@ -89,6 +90,7 @@ def _dry_run(admission: Admission, params: Any, prompt: dict[str, Any]) -> dict[
         "prompt_tokens": emphasis.prompt_len,
         "emphasised": resolution.report(admission.locator.decode),
         "alpha": emphasis.alpha,
+        "alpha_from": resolution.alpha_from,
         "heads": emphasis.heads.to_json(),
     }
 
@@ -101,10 +103,13 @@ def _keys(body: bytes) -> Collection[str]:
     return request if isinstance(request, dict) else ()
 
 
-def _describe(heads: HeadSet) -> dict[str, Any]:
+def _describe(config: PastaConfig, heads: HeadSet) -> dict[str, Any]:
+    alpha, alpha_from = config.alpha_of(heads, None)
     return {
         "name": heads.name,
         "count": len(heads),
+        "alpha": alpha,  # of requests that steer these heads and give none
+        "alpha_from": alpha_from,
         "heads": heads.to_json(),
         "provenance": dict(heads.provenance),
     }

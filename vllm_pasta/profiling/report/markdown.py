@@ -11,6 +11,7 @@ from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.methods import Head, head_name
 from vllm_pasta.profiling.report import plots, tables
 from vllm_pasta.profiling.search.ranking import Profile, rankings
+from vllm_pasta.profiling.search.sizes import HeldOut
 from vllm_pasta.request.heads import HeadSet
 
 SHOWN = 20
@@ -39,6 +40,30 @@ def to_json(profile: Profile) -> dict[str, Any]:
     }
 
 
+def describe(heads: HeadSet, path: Path) -> str:
+    """What ``vllm-pasta profile --auto`` found: the heads, and how each choice did."""
+    info = heads.provenance
+    k, alpha = info["top_k"], heads.alpha
+    metrics = list(info["held_out"]["0"])
+    rows = [["held-out examples", *metrics]]
+    for name, values in info["held_out"].items():
+        chosen = " (chosen)" if name == f"{k} α={alpha:g}" else ""
+        label = "plain" if name == "0" else f"top {name}{chosen}"
+        rows.append([label, *(f"{values.get(metric, 0.0):.3f}" for metric in metrics)])
+    lines = [f"- layer {layer}: {', '.join(map(str, of))}" for layer, of in heads.layers]
+    tasks = ", ".join(info["tasks"])
+    return "\n\n".join(
+        [
+            f"# Heads of {info['model']}, for any use",
+            f"{len(heads)} of {len(info['ranking'])} heads, α {alpha:g}, found on {tasks} in "
+            f"{info['seconds']:.0f} s, of which gradients {info['gradient_seconds']:.0f} s. Kept "
+            f"in {path}; remove that file to find them anew.",
+            "\n".join(lines),
+            tables.markdown(rows),
+        ]
+    )
+
+
 def compare(profiles: Sequence[Profile], other: HeadSet, k: int) -> str:
     """How much of another profile's rankings these keep: one line for each task.
 
@@ -63,7 +88,7 @@ def write(
     info: Mapping[str, Any],
     profiles: Sequence[Profile],
     sets: Mapping[str, Sequence[Head]],
-    held_out: Mapping[int, Sequence[Row]],
+    held_out: HeldOut,
     compared: str,
 ) -> str:
     """Writes the report ``OUT.md`` and the heat maps ``OUT.png`` beside the head set.
@@ -73,7 +98,7 @@ def write(
         info: The head set's provenance.
         profiles: Each task's ranking.
         sets: The selected heads, by task or under "".
-        held_out: Rows by number of heads, see `sizes.held_out`; may be empty.
+        held_out: Rows by number of heads and strength, see `sizes.held_out`; may be empty.
         compared: The text of `compare`; may be empty.
 
     Returns:
@@ -128,14 +153,14 @@ def _best(profile: Profile) -> str:
     )
 
 
-def _sizes(profiles: Sequence[Profile], held_out: Mapping[int, Sequence[Row]]) -> str:
+def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> str:
     chosen = [p.task for p in profiles]
     heading: list[str] = []
     lines = []
-    for k, rows in held_out.items():
+    for (k, alpha), rows in held_out.items():
         heading, line = tables.cells(chosen, [_renamed(row) for row in rows])
         size = max(len(row.method.heads) if row.method.heads else 0 for row in rows)
-        lines.append(["plain" if k == 0 else f"top {k}: {size} heads", *line[1:]])
+        lines.append(["plain" if k == 0 else f"top {k}: {size} heads, α {alpha:g}", *line[1:]])
     return "## Held-out examples, by number of heads\n\n" + tables.markdown([heading, *lines])
 
 

@@ -54,6 +54,49 @@ def methods(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) 
     plt.close(figure)
 
 
+def pareto(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -> None:
+    """Draws one plot per task: what is retained against obedience, one point for each method.
+
+    Methods that differ in their strength or number of heads alone are joined by a line. Tasks that
+    are nothing but obedience are left out.
+
+    Raises:
+        PastaError: matplotlib is not installed; or no task has anything to retain.
+    """
+    plt = pyplot()
+    shown = [task for task in tasks if task.retained]
+    if not shown:
+        raise PastaError("none of the tasks has anything to retain: nothing to draw")
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 5), squeeze=False)
+    for task, axis in zip(shown, axes[0], strict=True):
+        families: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.task == task.name and row.retained is not None:
+                family = re.sub(r"(: top \d+)?( α=\S+)?$", "", row.method.name)
+                families.setdefault(family, []).append(row)
+        for family, of in families.items():
+            x, y = ([100 * value for value in values] for values in _both(of))
+            axis.plot(x, y, "o-" if len(of) > 1 else "s", label=family)
+            for row, at_x, at_y in zip(of, x, y, strict=True):
+                label = row.method.name.removeprefix(family).strip(": ")
+                axis.annotate(label, (at_x, at_y), fontsize=7, xytext=(3, 3),
+                              textcoords="offset points")  # fmt: skip
+        axis.set_xlabel(f"obeys: {', '.join(task.obedience)} (%)")
+        axis.set_ylabel(f"retains: {', '.join(task.retained)} (%)")
+        axis.set_xlim(-3, 103)
+        axis.set_ylim(-3, 103)
+        axis.set_title(task.name)
+        axis.legend(fontsize=8)
+    figure.suptitle(model)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _both(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [row.obedience for row in rows], [row.retained or 0.0 for row in rows]
+
+
 def _curve(axis: Any, label: str, points: list[tuple[float, Row]]) -> None:
     axis.set_xlabel(label)
     if not points:

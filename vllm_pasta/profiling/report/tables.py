@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_pasta.profiling.estimates import Estimate
 from vllm_pasta.profiling.evaluation import Row
+from vllm_pasta.profiling.search.sizes import front
 from vllm_pasta.tasks import Task
 
 NOT_SHARES = ("fluency",)
@@ -31,6 +32,36 @@ def cells(tasks: Sequence[Task], rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def both(tasks: Sequence[Task], rows: Sequence[Row]) -> list[list[str]]:
+    """A heading and a line for each method: obedience, what is retained, and both together.
+
+    A star marks the methods of a task that no other beats in both respects.
+    """
+    fronts = {task.name: pareto_front(task, rows) for task in tasks}
+    by = {(row.task, row.method.name): row for row in rows}
+    table = [["", *(f"{task.name} {what}" for task in tasks for what in ("obeys", "retains"))]]
+    for name in dict.fromkeys(row.method.name for row in rows):
+        line = [name]
+        for task in tasks:
+            row = by[task.name, name]
+            star = " *" if name in fronts[task.name] else ""
+            retained = "–" if row.retained is None else f"{100 * row.retained:.1f}"
+            line += [f"{100 * row.obedience:.1f}{star}", retained]
+        table.append(line)
+    return table
+
+
+def pareto_front(task: Task, rows: Sequence[Row]) -> list[str]:
+    """The names of a task's methods that no other beats in both respects, by obedience."""
+    return front(
+        {
+            row.method.name: (row.obedience, row.retained)
+            for row in rows
+            if row.task == task.name and row.retained is not None
+        }
+    )
+
+
 def markdown(table: Sequence[Sequence[str]]) -> str:
     """The table in Markdown; its first line is the heading."""
     rows = [[cell.replace("|", "\\|") for cell in line] for line in table]
@@ -47,6 +78,8 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "heads": len(row.method.heads) if row.method.heads else 0,
             "alpha": row.method.alpha,
             "score": round(row.score, 4),
+            "obedience": round(row.obedience, 4),
+            "retained": None if row.retained is None else round(row.retained, 4),
             "metrics": {
                 name: {
                     "mean": round(e.mean, 4),

@@ -5,31 +5,44 @@ steering. The difference, times the gradient of the objective with respect to th
 the estimated change of the objective (attribution patching, Nanda 2023). The estimate is exact in
 the head's own attention and linear in everything after it.
 
-The model runs on transformers and must have plain full attention. The estimates give a shortlist,
-which vLLM verifies afterwards.
+Examples of all tasks run together in batches: what one row of a batch does has no part in another's
+gradient, so each has its own estimate, as if it had run by itself.
+
+The model runs on transformers and must have plain softmax attention, which is checked. The
+estimates give a shortlist, which vLLM verifies afterwards.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.methods import Head
 from vllm_pasta.profiling.prompts import Prompt
+from vllm_pasta.request.shape import attention_layers
 from vllm_pasta.steering.bias import key_bias, segments
+
+BATCH_TOKENS = 1024
+"""Tokens of one forward and backward pass, padding included."""
+
+TOLERANCE = 2e-3
+"""How far the log-probabilities by this module's attention may be from transformers' own."""
+
+_NAME = "pasta_gradients"
 
 
 class _Recorder:
     """Computes the attention of one forward pass, and estimates in its backward pass.
 
     Attributes:
-        estimates: float32 ``[layers, heads]``; filled by the backward pass.
+        estimates: Layer -> float32 ``[rows of the batch, heads]``; filled by the backward pass.
     """
 
-    def __init__(self, bias: torch.Tensor, layers: int, heads: int) -> None:
-        self._bias = bias  # [keys]: log alpha on the prompt's other tokens
-        self.estimates = torch.zeros(layers, heads)
+    def __init__(self, bias: torch.Tensor) -> None:
+        self._bias = bias  # [batch, keys]: log alpha on the prompt's other tokens
+        self.estimates: dict[int, torch.Tensor] = {}
 
     def __call__(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -39,15 +52,17 @@ class _Recorder:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         rows = query.shape[2]
         future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+        # Padding stands after the text, where no token of the text can see it.
         logits = (query @ key.transpose(2, 3) * scaling).masked_fill(future, -math.inf)
-        output = logits.softmax(-1) @ value  # [1, heads, rows, head size]
+        output = logits.softmax(-1) @ value  # [batch, heads, rows, head size]
         with torch.no_grad():
-            change = (logits + self._bias).softmax(-1) @ value - output
+            change = (logits + self._bias[:, None, None]).softmax(-1) @ value - output
 
         def record(gradient: torch.Tensor) -> None:
-            self.estimates[module.layer_idx] += (gradient * change).sum((0, 2, 3)).cpu()
+            self.estimates[module.layer_idx] = (gradient * change).sum((2, 3)).float().cpu()
 
-        output.register_hook(record)
+        if output.requires_grad:
+            output.register_hook(record)
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -56,23 +71,42 @@ def _attention(*args: Any, pasta_recorder: _Recorder, **kwargs: Any) -> tuple[to
 
 
 class GradientModel:
-    """A model on transformers, in fp32."""
+    """A model on transformers: in fp32 on a CPU, in its own dtype on a GPU.
 
-    def __init__(self, model: str) -> None:
+    Raises:
+        PastaError: transformers cannot load it, or not with an attention of the caller's.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """Loads the model.
+
+        Args:
+            model: A folder or a name.
+            options: Arguments of ``AutoModelForCausalLM.from_pretrained``, such as ``revision``.
+        """
         from transformers import AttentionInterface, AutoModelForCausalLM
 
-        AttentionInterface.register("pasta_gradients", _attention)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="pasta_gradients"
-        ).eval()
+        AttentionInterface.register(_NAME, _attention)
+        on_gpu = torch.cuda.is_available()
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                model, dtype="auto" if on_gpu else torch.float32, attn_implementation=_NAME,
+                **options,
+            )  # fmt: skip
+            self._model = self._model.to(self._device).eval()
+        except Exception as e:  # whatever a model's own code may raise
+            raise PastaError(f"the gradient search cannot load {model} on transformers: {e}") from e
         self._config = self._model.config.get_text_config()
+        self._layers = attention_layers(self._config, self._config.num_hidden_layers)
+        self._checked = False
         # Nothing but the heads' outputs needs a gradient: not the 135 million weights.
         self._model.requires_grad_(False)
         self._model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output.requires_grad_()
         )
 
-    def estimate(self, prompts: Iterable[Prompt], alpha: float) -> dict[Head, float]:
+    def estimate(self, prompts: Sequence[Prompt], alpha: float) -> dict[Head, float]:
         """The estimated change of the objective by each head, averaged over the prompts.
 
         The objective is log P(target) − log P(foil) of the first tokens if answers are compared by
@@ -81,35 +115,113 @@ class GradientModel:
         Args:
             prompts: Prompts with targets.
             alpha: Scale factor.
-        """
-        layers, heads = self._config.num_hidden_layers, self._config.num_attention_heads
-        total, count = torch.zeros(layers, heads), 0
-        for prompt in prompts:
-            total += self._estimate(prompt, alpha)
-            count += 1
-        return {
-            (layer, head): float(total[layer, head]) / count
-            for layer in range(layers)
-            for head in range(heads)
-        }
 
-    def _estimate(self, prompt: Prompt, alpha: float) -> torch.Tensor:
-        target = prompt.target[:1] if prompt.choices else prompt.target
-        length = len(prompt.ids)
-        cut = segments(prompt.spans, alpha, length)
-        bias = key_bias([s.end for s in cut], [s.bias for s in cut], length + len(target) - 1)
-        recorder = _Recorder(bias, self._config.num_hidden_layers, self._config.num_attention_heads)
+        Raises:
+            PastaError: as `estimate_each`.
+        """
+        each = self.estimate_each(prompts, alpha)
+        return {head: sum(of[head] for of in each) / len(each) for head in each[0]}
+
+    def estimate_each(
+        self,
+        prompts: Sequence[Prompt],
+        alpha: float,
+        done: Callable[[int], object] = lambda count: None,
+    ) -> list[dict[Head, float]]:
+        """As `estimate`, for each prompt by itself.
+
+        Args:
+            prompts: Prompts with targets, of any tasks.
+            alpha: Scale factor.
+            done: Called with the number of prompts that are done since the last call.
+
+        Raises:
+            PastaError: the model's attention is more than a softmax of scaled products, so that
+                the estimates would be of another model.
+        """
+        found: list[dict[Head, float]] = [{} for _ in prompts]
+        for batch in _batches(prompts):
+            chosen = [prompts[i] for i in batch]
+            if not self._checked:
+                self._check(chosen[-1])
+                self._checked = True
+            estimates = self._estimate(chosen, alpha)
+            for row, i in enumerate(batch):
+                found[i] = {
+                    (layer, head): float(estimates[layer][row, head])
+                    for layer in self._layers
+                    for head in range(self._config.num_attention_heads)
+                }
+            done(len(batch))
+        return found
+
+    def _check(self, prompt: Prompt) -> None:
+        ids = torch.tensor([prompt.ids], device=self._device)
+        recorder = _Recorder(torch.zeros(1, len(prompt.ids), device=self._device))
+        rows = self._model(input_ids=ids, pasta_recorder=recorder).logits[0]
+        rows[-1].max().backward()
+        seen = sorted(recorder.estimates)
+        implementation = "sdpa" if getattr(self._model, "_supports_sdpa", False) else "eager"
+        self._model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            theirs = self._model(input_ids=ids).logits[0]
+        self._model.set_attn_implementation(_NAME)
+        difference = float((rows.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
+        allowed = TOLERANCE if rows.dtype == torch.float32 else 0.5  # bf16's own error is large
+        if tuple(seen) != self._layers or not difference <= allowed:
+            raise PastaError(
+                "the gradient search knows plain softmax attention alone, and this model's is "
+                f"another: log-probabilities differ by {difference:.2g}, and of "
+                f"{len(self._layers)} layers with heads {len(seen)} use it. Use the search full "
+                "or halving, which ask vLLM"
+            )
+
+    def _estimate(self, prompts: Sequence[Prompt], alpha: float) -> dict[int, torch.Tensor]:
+        texts = [prompt.ids + _target(prompt)[:-1] for prompt in prompts]
+        width = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        biases = []
+        for prompt in prompts:
+            cut = segments(prompt.spans, alpha, len(prompt.ids))
+            biases.append(key_bias([s.end for s in cut], [s.bias for s in cut], width))
+        recorder = _Recorder(torch.stack(biases).to(self._device))
+        # Rows whose next token is one of the answer's, over all of the batch.
+        at = sorted({row for p, text in zip(prompts, texts, strict=True)
+                     for row in range(len(p.ids) - 1, len(text))})  # fmt: skip
         logits = self._model(
-            input_ids=torch.tensor([prompt.ids + target[:-1]]),
-            logits_to_keep=len(target),
+            input_ids=ids.to(self._device),
+            logits_to_keep=torch.tensor(at, device=self._device),
             pasta_recorder=recorder,  # transformers hands it to the attention function
-        ).logits[0]
-        logprobs = logits.log_softmax(-1)
-        if prompt.choices:
-            objective = logprobs[0, target[0]]
+        ).logits.float()
+        of_row = {row: i for i, row in enumerate(at)}
+        objective = logits.new_zeros(())
+        for number, prompt in enumerate(prompts):
+            target = _target(prompt)
+            rows = [of_row[len(prompt.ids) - 1 + i] for i in range(len(target))]
+            logprobs = logits[number, rows].log_softmax(-1)
+            if not prompt.choices:
+                objective = objective + logprobs[range(len(target)), target][prompt.judged].mean()
+                continue
+            objective = objective + logprobs[0, target[0]]
             if prompt.foil:
                 objective = objective - logprobs[0, prompt.foil[0]]
-        else:
-            objective = logprobs[range(len(target)), target][prompt.judged].mean()
         objective.backward()
         return recorder.estimates
+
+
+def _target(prompt: Prompt) -> list[int]:
+    return prompt.target[:1] if prompt.choices else prompt.target
+
+
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Indices of prompts of like length, `BATCH_TOKENS` together; the shortest first."""
+    batch: list[int] = []
+    lengths = [len(prompt.ids) + len(_target(prompt)) for prompt in prompts]
+    for i in sorted(range(len(prompts)), key=lengths.__getitem__):
+        length = lengths[i]
+        if batch and (len(batch) + 1) * length > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
