@@ -57,11 +57,10 @@ def test_the_set_that_was_found_is_served(found, served):
     """Requests without heads steer it, with its own alpha: token for token the oracle's."""
     llm, kept = found
     info = kept.provenance
+    ranking = info["profiles"]["all"]["ranking"]
     assert 0 < len(kept) == info["top_k"] < 16
-    assert sorted(info["ranking"]) == sorted(f"{a}.{b}" for a in range(4) for b in range(4))
-    assert {f"{a}.{b}" for a, heads in kept.layers for b in heads} == set(
-        info["ranking"][: info["top_k"]]
-    )
+    assert sorted(ranking) == sorted(f"{a}.{b}" for a in range(4) for b in range(4))
+    assert {f"{a}.{b}" for a, heads in kept.layers for b in heads} == set(ranking[: info["top_k"]])
     config = admission(llm).config
     assert config.heads == config.head_sets["auto"] == kept
     assert config.alpha_of(kept, None) == (kept.alpha, "head set")

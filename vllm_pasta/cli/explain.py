@@ -65,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, ensure_ascii=False, indent=1))
     else:
         show(tokenizer, located, sys.stdout)
-        said = "" if alpha is None else f"α {alpha:g}, from the {alpha_from}"
-        if alpha_from == "head set":
-            said += ", unless the server has an α of its own"
-        print(said or f"α from the {alpha_from}")
+        if alpha is not None:
+            unless = ", unless the server has its own" if alpha_from == "head set" else ""
+            print(f"α {alpha:g}, from the {alpha_from}{unless}")
     return 0
 
 

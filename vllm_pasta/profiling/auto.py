@@ -92,8 +92,12 @@ def find(
                 f"{size} α={factor:g}" if size else "0": sizes.summary(of)
                 for (size, factor), of in rows.items()
             },
-            "ranking": [head_name(head) for head in ranking],
-            "estimates": [round(estimates[head], 4) for head in ranking],
+            "profiles": {
+                "all": {
+                    "ranking": [head_name(head) for head in ranking],
+                    "estimates": [round(estimates[head], 4) for head in ranking],
+                }
+            },
             "gradient_seconds": round(ranked_seconds, 1),
             "seconds": round(time.perf_counter() - began, 1),
         },

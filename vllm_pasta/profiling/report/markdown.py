@@ -44,6 +44,7 @@ def describe(heads: HeadSet, path: Path) -> str:
     """What ``vllm-pasta profile --auto`` found: the heads, and how each choice did."""
     info = heads.provenance
     k, alpha = info["top_k"], heads.alpha
+    every = info["profiles"]["all"]["ranking"]
     metrics = list(info["held_out"]["0"])
     rows = [["held-out examples", *metrics]]
     for name, values in info["held_out"].items():
@@ -55,7 +56,7 @@ def describe(heads: HeadSet, path: Path) -> str:
     return "\n\n".join(
         [
             f"# Heads of {info['model']}, for any use",
-            f"{len(heads)} of {len(info['ranking'])} heads, α {alpha:g}, found on {tasks} in "
+            f"{len(heads)} of {len(every)} heads, α {alpha:g}, found on {tasks} in "
             f"{info['seconds']:.0f} s, of which gradients {info['gradient_seconds']:.0f} s. Kept "
             f"in {path}; remove that file to find them anew.",
             "\n".join(lines),
