@@ -137,8 +137,8 @@ def _ranking(
         for example in sample(task, "train", TRAIN_EXAMPLES).examples
         for probe in task.ranking_probes(example)
     ]
+    gradients = GradientModel(model, **given)
     with tqdm(total=len(prompts), desc="gradients", file=progress, unit="example") as bar:
-        gradients = GradientModel(model, **given)
         each = gradients.estimate_each([prompt for _, prompt in prompts], ALPHA, bar.update)
     del gradients
     gc.collect()
