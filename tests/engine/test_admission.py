@@ -161,7 +161,7 @@ def test_not_switched_on(engine, tiny):
     ("options", "reason"),
     [
         ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
-         "method ngram_gpu, not ngram or draft_model"),
+         "method ngram_gpu, not ngram, draft_model, eagle, eagle3, mtp"),
         ({"kv_cache_dtype": "fp8"}, "the KV cache is fp8"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"runner": "pooling"}, "the runner is pooling"),

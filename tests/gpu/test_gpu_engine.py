@@ -14,11 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import drafts
 import pytest
 import vllm
 from models import tiny_llama, tiny_model
 
-from vllm_pasta.integration.refusals import GPU_VLLM
+from vllm_pasta.integration.versions import GPU_VLLM
 from vllm_pasta.verify.oracle import Oracle, Steering
 
 pytestmark = pytest.mark.skipif(
@@ -33,6 +34,8 @@ ENGINES = {  # backend, whether Model Runner V2, model type
     "FlashAttention, V2": ("FLASH_ATTN", True, "llama"),
     "FlashInfer, V2": ("FLASHINFER", True, "llama"),
 }
+EAGLE = "FLASH_ATTN"
+"""The backend on which an EAGLE draft drafts, on V2; on the others the model itself does."""
 
 
 @dataclass
@@ -64,9 +67,10 @@ def run(request, tmp_path_factory):
             initializer_range=0.1,  # a Gemma 2 with more repeats the prompt's last token
             layer_types=["sliding_attention", "full_attention"],
         )
+    eagle = [drafts.eagle(model, tmp_path_factory.mktemp("eagle"))] if backend == EAGLE else []
     path = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, TESTS / "support" / "gpu_job.py", model, backend],
+        [sys.executable, TESTS / "support" / "gpu_job.py", model, backend, *eagle],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
@@ -110,7 +114,8 @@ def test_drafts_equal_the_oracle(run):
     drafts = run.report["drafts"]
     assert run.report["drafted"] == run.expected[3:]
     assert drafts["draft_tokens"] > 0
-    assert (drafts["accepted_tokens"] > 0) == run.is_v2  # by the same model
+    if run.backend != EAGLE:  # whose draft is seldom right
+        assert (drafts["accepted_tokens"] > 0) == run.is_v2  # by the same model
 
 
 def test_log_sum_exp(run):

@@ -1,10 +1,10 @@
 """vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
 
-``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER``. FlashAttention and FlashInfer do not run
+``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER [EAGLE]``. FlashAttention and FlashInfer do not run
 here: what they compute is written anew in torch (`gpu_stand_ins`), so of these backends it is
 vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
-V2: a draft model). In a process of its own, since Triton is to be
+V2: the model itself, or an EAGLE draft). In a process of its own, since Triton is to be
 found before vllm is imported. Only three things are told otherwise than they are: that Triton has
 a backend for CPUs, what a GPU can do, and that this is one when `support` asks.
 """
@@ -48,7 +48,7 @@ CASES = [  # prompt, new tokens, emphasis
 NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
-def main(model, backend):
+def main(model, backend, eagle=None):
     from vllm import LLM, SamplingParams
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -103,7 +103,10 @@ def main(model, backend):
     report["asked"] = len(LSE_CALLS)
     del llm
     is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
-    draft = {"method": "draft_model", "model": model} if is_v2 else NGRAM
+    draft = NGRAM
+    if is_v2:
+        method = "eagle" if eagle else "draft_model"
+        draft = {"method": method, "model": eagle or model}
     llm = start({**draft, "num_speculative_tokens": 2})
     report["drafted"] = run(llm, CASES[3:])
     report["drafts"] = {

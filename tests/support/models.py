@@ -22,6 +22,7 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 WINDOW = 40
 _MIXED = ["sliding_attention", "full_attention"] * 2
 ATTENTION_KINDS = {  # model type -> what makes it unlike a Llama of two layers
+    "qwen2": {},  # adds to queries, keys and values
     "qwen3": {"num_key_value_heads": 1},  # normalises queries and keys
     "mistral": {"sliding_window": WINDOW},
     "gemma2": {"head_dim": 96, "sliding_window": WINDOW, "layer_types": _MIXED,

@@ -1,9 +1,7 @@
 """Entry point of the group ``vllm.general_plugins``: vLLM calls it in each of its processes."""
 
 from vllm_pasta.errors import UnsupportedError
-
-SUPPORTED_VLLM = ("0.31.", "0.32.")
-"""Prefixes of the vLLM versions on which everything here was tested."""
+from vllm_pasta.integration.versions import SUPPORTED_VLLM
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
+from vllm_pasta.integration.versions import GPU_VLLM
 from vllm_pasta.request.heads import ranges
 
 if TYPE_CHECKING:
@@ -23,15 +24,12 @@ if TYPE_CHECKING:
 LAYOUTS = ("vec", "vec16", "amx")
 """KV cache layouts that the CPU kernels read."""
 
-GPU_VLLM = "0.32."
-"""Prefix of the vLLM versions whose GPU backends and model runners were read."""
-
 GPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 """KV cache dtypes that the Triton kernels read, beside the model's own by name."""
 
 MAX_GPU_HEAD_SIZE = 256
 
-SPECULATIVE_METHODS = ("ngram", "draft_model")
+SPECULATIVE_METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 """Ways of drafting that were tested. The draft itself is not steered."""
 
 
@@ -137,7 +135,7 @@ ENGINE = (
         (
             "speculative-method",
             "speculative decoding is of method {0.speculative.method}, "
-            f"not {' or '.join(SPECULATIVE_METHODS)}",
+            f"not {', '.join(SPECULATIVE_METHODS)}",
             lambda e: e.speculative and e.speculative.method not in SPECULATIVE_METHODS,
         ),
         (

@@ -25,6 +25,7 @@ from vllm_pasta.integration.refusals import (
     Layers,
     Refusal,
 )
+from vllm_pasta.integration.versions import is_draft
 from vllm_pasta.request.head_sets.library import Model
 from vllm_pasta.request.heads import ranges
 from vllm_pasta.request.shape import ModelShape, attention_layers
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
-
-_DRAFT_PREFIX = "draft_model."
-"""What vLLM puts before the names of a draft model's layers."""
 
 
 def is_gpu() -> bool:
@@ -52,11 +50,6 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     _refuse(_reasons(ENGINE, Engine(vllm_config)))
 
 
-def is_draft(layer_name: str) -> bool:
-    """Whether a layer belongs to a draft model, which is not steered."""
-    return layer_name.startswith(_DRAFT_PREFIX)
-
-
 def check_layers(vllm_config: "VllmConfig") -> None:
     """Checks that every layer of the model has an attention backend of this plugin, in the worker,
     once the model is there.
@@ -68,7 +61,7 @@ def check_layers(vllm_config: "VllmConfig") -> None:
         name: layer
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items()
         # vLLM counts the layers of recurrences among those of attention: they too keep a state.
-        if not is_draft(name) and not isinstance(layer, MambaBase)
+        if not is_draft(layer) and not isinstance(layer, MambaBase)
     }
     _refuse(
         f"layer {name} {reason}"

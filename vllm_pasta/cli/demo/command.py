@@ -129,7 +129,7 @@ def _generate(
     for case in cases:
         limit = min(args.max_tokens, SHORT_ANSWER_TOKENS) if case.new else args.max_tokens
         for extra in (None, {"emphasis": {"text": case.emphasis}}):
-            prompts.append(_as_seen(case, tokenizer))
+            prompts.append(as_seen(case, tokenizer))
             params.append(SamplingParams(temperature=0, max_tokens=limit, extra=extra))
     with Phase(f"Generation ({len(prompts)} requests in one call)", stream) as generation_phase:
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -147,7 +147,7 @@ def _generate(
     }
 
 
-def _as_seen(case: Case, tokenizer: Any) -> str:
+def as_seen(case: Case, tokenizer: Any) -> str:
     """The prompt as the model sees it; instructions are put into the chat template."""
     if case.task == "counterfact" or tokenizer.chat_template is None:
         return case.prompt

@@ -6,16 +6,16 @@ builder and its impl. Their subclasses in ``cpu`` and ``gpu`` decide what is com
 which tensors.
 """
 
-from itertools import filterfalse
 from typing import Any
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import support
 from vllm_pasta.integration.config import is_enabled
+from vllm_pasta.integration.versions import is_being_drafted, is_draft
 from vllm_pasta.integration.worker.rows import EmphasisRows, rows_of
 from vllm_pasta.steering.plan import LayerAttention
 
@@ -38,12 +38,12 @@ class SteeringBuilder:
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kwargs)  # type: ignore[call-arg]
-        names = list(filterfalse(support.is_draft, layer_names))
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+        names = [name for name, layer in layers.items() if not is_draft(layer)]
         if not names or not is_enabled(vllm_config):
             return
         support.check_engine(vllm_config)
         support.check_layers(vllm_config)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         for name in names:
             support.check_layer(name, layers[name], num_heads)
@@ -84,11 +84,14 @@ class SteeringImpl:
     """What the layer computes; set with ``layer_index``."""
     may_steer: bool
     """Whether emphasis is on, so far as is known when the layer is made."""
+    is_draft: bool
+    """Whether the layer is a draft model's, so far as is known when it is made."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config_or_none()
         self.may_steer = config is None or is_enabled(config)
+        self.is_draft = is_being_drafted()
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Not with emphasis: there is nothing to steer in an output that is quantised already."""
