@@ -4,7 +4,6 @@ The draft is the very same model, which is not steered: without emphasis every t
 what is missing with emphasis is what steering alone costs, and the most that a steered draft could
 win back.
 """
-# ruff: noqa: E402
 
 import argparse
 import json
