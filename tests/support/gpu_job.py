@@ -1,7 +1,7 @@
 """vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
 
-``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER [EAGLE]``. FlashAttention and FlashInfer do not run
-here: what they compute is written anew in torch (`gpu_stand_ins`), so of these backends it is
+``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER [EAGLE]``. FlashAttention and FlashInfer do not
+run here: what they compute is written anew in torch (`gpu_stand_ins`), so of these backends it is
 vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
 V2: the model itself, or an EAGLE draft). In a process of its own, since Triton is to be
