@@ -109,6 +109,12 @@ REFUSED = {
     "reversed span": ({"spans": [[4, 2]]}, r"spans\[0\].*got \[4, 2\]"),
     "unknown field": ({"txt": "JSON"}, r"unknown field 'txt'"),
     "alpha": ({"text": "JSON", "alpha": -1}, r"emphasis.alpha.*got -1"),
+    "share": ({"text": "JSON", "share": 1}, r"emphasis.share.*above 0 and below 1, got 1"),
+    "share and alpha": ({"text": "JSON", "share": 0.3, "alpha": 0.1}, r"expected `alpha` or"),
+    "share and a mark's strength": (
+        {"text": {"text": "JSON", "alpha": 0.1}, "share": 0.3},
+        r"a mark has a strength of its own.*the request's share 0.3: give the request an",
+    ),
     "unknown head set": (
         {"text": "JSON", "heads": "nope"},
         rf"'nope'; known head sets that fit: {FITTING}; this model has 30 layers of 9 ",
@@ -298,6 +304,8 @@ def test_layer_that_cannot_be_steered(where, attribute, value, reason, small_bat
         ({"alpha": 0}, ConfigError, "alpha: expected a finite number above 0"),
         ({"heads": {"heads": {"1": [0]}, "alpha": 0}}, HeadSetError, "alpha of the head set"),
         ({"head_sets": {"auto": "a.json"}}, ConfigError, "'auto' is the name of what a search"),
+        ({"share": 1}, ConfigError, "share: expected a number above 0 and below 1, got 1"),
+        ({"share": 0.3, "alpha": 0.1}, ConfigError, "expected alpha or share, got both"),
         ({"markup_roles": "user"}, ConfigError, "markup_roles: expected a list of roles"),
         ({"markup": "html"}, ConfigError, "markup: expected one of tag, markdown, stars, off"),
         ({"beta": 1}, ConfigError, "unknown field 'beta'; known are heads, alpha, head_sets"),

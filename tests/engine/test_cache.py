@@ -20,7 +20,8 @@ STEERED = {"spans": [[70, 75]], "heads": HEADS, "alpha": 0.01}
 def extra_args(emphasis, prompt_len, factors):
     """The request, with a factor for each span if there are any."""
     if factors is None:
-        return {"emphasis": emphasis}
+        without = "alpha" if "share" in emphasis else "share"
+        return {"emphasis": {key: emphasis[key] for key in emphasis.keys() - {without}}}
     marks = zip(map(tuple, emphasis["spans"]), factors, strict=True)
     spans, factors = strongest(marks, emphasis["alpha"])
     heads = HeadSet.from_json(emphasis["heads"])
@@ -48,6 +49,7 @@ def ask(small_batches, tiny_oracle):
             emphasis["alpha"],
             len(prompt),
             factors,
+            emphasis.get("share"),
         )
         tokens = list(request.outputs[0].token_ids)
         assert tokens == tiny_oracle.generate(prompt, max_tokens, steering)[0]
@@ -93,6 +95,7 @@ def test_after_equal(ask):
         ({"spans": [[40, 45], [70, 75]]}, 1),
         ({"spans": [[70, 75], [150, 160]]}, 4),  # alike up to the second span's block
         ({"alpha": 1}, 2),  # plain
+        ({"share": 0.3}, 2),
     ],
 )
 def test_after_different(change, shared_blocks, ask):
@@ -113,6 +116,14 @@ def test_after_other_strengths(ask):
     again = {**STEERED, "spans": [[70, 75], [71, 73], [150, 160], [10, 20]]}
     assert ask(again, factors=[0.5, 0.1, 1.0, 0.01]) == 6 * BLOCK
     assert ask(two, factors=[1.0, 1.0]) == 6 * BLOCK  # as without factors
+
+
+def test_after_other_shares(ask):
+    """A share is part of what may be shared, and never taken for the alpha that bounds it."""
+    assert ask({**STEERED, "share": 0.3}) == 0
+    assert ask({**STEERED, "share": 0.3}) == 6 * BLOCK
+    assert ask({**STEERED, "share": 0.4}) == 2 * BLOCK
+    assert ask({**STEERED, "alpha": 1e-4}) == 2 * BLOCK
 
 
 def test_next_turn(ask):

@@ -30,12 +30,15 @@ class Case:
     alpha: float = 0.01
     max_tokens: int = 16
     factors: list[float] | None = None  # of the spans, where they are not all 1
+    share: float | None = None  # instead of alpha
 
     @property
     def steering(self):
         if self.spans is None:
             return None
-        return Steering(self.spans, self.heads, self.alpha, len(self.prompt), self.factors)
+        return Steering(
+            self.spans, self.heads, self.alpha, len(self.prompt), self.factors, self.share
+        )
 
     @property
     def extra_args(self):
@@ -45,9 +48,8 @@ class Case:
             heads = HeadSet.from_json(heads)
             resolved = ResolvedEmphasis(spans, self.alpha, heads, len(self.prompt), factors)
             return {WIRE_KEY: Admitted(resolved.to_wire())}
-        return self.spans and {
-            "emphasis": {"spans": self.spans, "heads": heads, "alpha": self.alpha}
-        }
+        strength = {"alpha": self.alpha} if self.share is None else {"share": self.share}
+        return self.spans and {"emphasis": {"spans": self.spans, "heads": heads, **strength}}
 
     @property
     def params(self):
@@ -95,6 +97,18 @@ CASES = {
             ("of alpha 1", 1.0, [(30, 70), (120, 135)], [0.01, 0.2]),
         )
     },
+    **{
+        f"share: {name}": Case(prompt, spans, heads, max_tokens=24, share=share)
+        for name, prompt, spans, heads, share in (
+            ("of some heads", MIDDLE, [(30, 45)], {1: [0, 1], 2: [3]}, 0.3),
+            ("of all heads", MIDDLE, [(5, 9), (40, 41), (70, 80)], ALL_HEADS, 0.5),
+            ("small", MIDDLE, [(30, 70)], ALL_HEADS, 0.45),  # many rows have it
+            ("large", MIDDLE, [(60, 61)], ALL_HEADS, 0.99),  # bounded by the least factor
+            ("over chunks", LONG, [(60, 70), (120, 135)], ALL_HEADS, 0.6),
+            ("at the first token", SHORT, [(0, 1)], ALL_HEADS, 0.9),
+        )
+    },
+    "share: long generation": Case(SHORT, [(4, 9)], ALL_HEADS, max_tokens=120, share=0.7),
 }
 
 
@@ -143,7 +157,10 @@ def test_all_at_once(stride, small_batches, expected):
 def test_cases_differ(expected):
     """The oracle itself tells the cases apart: equal output could hide anything."""
     plain = expected["plain"][1]
-    for name in ("one span", "several spans", "alpha 1e-4", "alpha 0.5", "alpha 20", "one head"):
+    others = ("share: of some heads", "share: of all heads", "share: small", "share: large")
+    for name in (
+        *("one span", "several spans", "alpha 1e-4", "alpha 0.5", "alpha 20", "one head"), *others
+    ):  # fmt: skip
         rows = expected[name][1]
         assert (rows[0] - plain[0]).abs().max() > 50 * LOGPROB_TOLERANCE, name
     assert torch.equal(expected["alpha 1"][1], plain)

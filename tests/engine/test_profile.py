@@ -81,7 +81,12 @@ def test_methods():
     assert methods.parse("head:3.2", 0.1, EVERY).heads.layers == ((3, (2,)),)
     keys = {methods.parse(name, 0.1, EVERY).key for name in ("zero-shot", "quoted", "few-shot")}
     keys |= {methods.parse("all", alpha, EVERY).key for alpha in (0.1, 0.2)}
-    assert len(keys) == 5
+    of_shares = methods.parse_all(["quoted", "all"], [0.1], [], EVERY, [0.1, 0.2])
+    assert [(method.name, method.share) for method in of_shares] == [
+        ("quoted", None), ("all α=0.1", None), ("all share=0.1", 0.1), ("all share=0.2", 0.2),
+    ]  # fmt: skip
+    keys |= {method.key for method in of_shares[2:]}
+    assert len(keys) == 7
 
 
 @pytest.mark.parametrize(
@@ -348,14 +353,17 @@ def test_eval(command):
     """All methods on the same examples; nothing is asked twice; every answer is kept."""
     arguments = (
         "--examples", "4", "--generations", "1", "--methods",
-        "zero-shot,starred,few-shot,all,layer:1,head:2.3", "--alpha", "0.1,0.01", "--json",
+        "zero-shot,starred,few-shot,all,layer:1,head:2.3", "--alpha", "0.1,0.01", "--share", "0.3",
+        "--json",
     )  # fmt: skip
     result = json.loads(command("eval", *arguments).out)
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == [
-        "zero-shot", "starred", "few-shot", "all α=0.1", "all α=0.01", "layer:1 α=0.1",
-        "layer:1 α=0.01", "head:2.3 α=0.1", "head:2.3 α=0.01",
+        "zero-shot", "starred", "few-shot",
+        *(f"{name} {s}" for name in ("all", "layer:1", "head:2.3")
+          for s in ("α=0.1", "α=0.01", "share=0.3")),
     ]  # fmt: skip
+    assert [rows[f"all {s}"]["share"] for s in ("α=0.1", "share=0.3")] == [None, 0.3]
     assert rows["zero-shot"]["metrics"]["ES"]["examples"] == 4
     assert rows["zero-shot"]["metrics"]["fluency"]["examples"] == 1
     assert result["data"]["counterfact"]["examples"] == 4

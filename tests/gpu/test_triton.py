@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.resolution import ResolvedEmphasis
+from vllm_pasta.request.resolution import LEAST_FACTOR, ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention
 from vllm_pasta.steering.slots import SteeringBuffers
 
@@ -60,6 +60,7 @@ class Request:
     alpha: float = 0.01
     heads: tuple = ()
     factors: tuple = ()  # of the spans, where they are not all 1
+    share: float | None = None  # instead of alpha
 
 
 @dataclass
@@ -136,10 +137,11 @@ class Case:
         for r, request in enumerate(self.requests):
             steered = request.heads and ResolvedEmphasis(
                 request.spans,
-                request.alpha,
+                request.alpha if request.share is None else LEAST_FACTOR,
                 HeadSet.from_json({str(LAYER): request.heads, "2": [0]}),
                 min(request.prompt_len, request.seq_len),
                 request.factors,
+                request.share,
             )
             self.buffers.write(self.slots[r], steered or None)
         return self.buffers.show(self.slots)
@@ -186,7 +188,16 @@ class Case:
                     logits = logits + self.attention.alibi_slopes[h].item() * distance
                 lse[begin + i, h] = logits.logsumexp(0)
                 if steer and h in request.heads and position >= first:
-                    logits = logits + bias[seen]
+                    if request.share is None:
+                        logits = logits + bias[seen]
+                    else:
+                        key = torch.arange(begin_key, position + 1)
+                        marked = sum((key >= a) & (key < b) for a, b in request.spans) > 0
+                        rest = ~marked & (key < prompt_len)
+                        of_marked, of_rest = (logits[x].exp().sum() for x in (marked, rest))
+                        if of_marked > 0 and of_marked / (of_marked + of_rest) < request.share:
+                            factor = (of_marked / request.share - of_marked) / of_rest
+                            logits[rest] += factor.clamp(min=1e-4).log()
                 if self.sinks:
                     sink = self.attention.sinks[h].cpu().to(dtype)[None]
                     logits = torch.cat([logits, sink])
@@ -308,6 +319,45 @@ def test_several_strengths(decodes):
     """Each span its own factor, beside a request of one strength."""
     rows = [replace(r, query_len=1) for r in STRENGTHS] if decodes else STRENGTHS
     Case(rows).check()
+
+
+SHARED = [
+    Request(60, 20, 50, ((3, 9), (9, 12), (30, 40)), heads=(0, 2), share=0.7),
+    Request(70, 1, 60, ((0, 3), (50, 55)), heads=(0, 1), share=0.05),  # most have it
+    Request(70, 2, 70, ((4, 5),), heads=(1, 3), share=0.9999),  # by the least factor
+    Request(33, 1, 30, ((1, 5),), 0.5, (0, 1, 2, 3)),
+    Request(17, 4),
+]
+LONG_SHARED = [
+    Request(513, 1, 400, ((5, 280), (300, 303)), heads=(0, 1, 3), share=0.8),
+    Request(513, 1, 500, ((5, 9),), heads=(2,), share=0.3),  # direct: keys for several programs
+    Request(97, 1, 97, ((90, 97),), 0.1, (2,)),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 20},
+        {"sinks": True, "soft_cap": 2.0, "alibi": True},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("decodes", [False, True])
+def test_share(decodes, options):
+    """Each (row, head) its own factor, beside a request with one for all and a plain one. Broken
+    by: a factor of another row, a mark or its sum that is missed, a least factor that is not."""
+    rows = [replace(r, query_len=1) for r in SHARED] if decodes else SHARED
+    Case(rows, **options).check()
+
+
+def test_share_of_many_keys_and_spans():
+    Case(LONG_SHARED).check()
+    spans = tuple((5 * i + 2, 5 * i + 3 + i % 4) for i in range(9))
+    for query_len in (1, 40):
+        Case([Request(50, query_len, 48, spans, heads=(0, 3), share=0.8)]).check()
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 20}], ids=str)

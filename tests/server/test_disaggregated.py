@@ -294,6 +294,8 @@ def test_fingerprint():
         emphasis(prompt_len=201),
         emphasis(factors=(0.5,)),
         emphasis(factors=(0.6,)),
+        emphasis(share=0.3),
+        emphasis(share=0.4),
         None,
     ]
     assert len({connectors.fingerprint(other) for other in others}) == len(others)

@@ -491,6 +491,10 @@ def test_unknown_plugin(smollm2):
             ["--additional-config", '{"pasta": {"heads": "h.json"}}', "--pasta-alpha", "2"],
             {"heads": "h.json", "alpha": 2.0},
         ),
+        (
+            ["--additional-config", '{"pasta": {"alpha": 2}}', "--pasta-share", "0.3"],
+            {"share": 0.3},
+        ),
     ],
 )
 def test_flags(arguments, expected, tiny):

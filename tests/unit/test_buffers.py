@@ -1,6 +1,7 @@
 """Steering at fixed addresses. Broken by: a record that lags behind its request, a stale step."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from vllm_pasta.steering.slots import (
     PROMPT_LEN,
     SEGMENT,
     SEGMENTS,
+    SHARES,
     SLOT,
     START,
     SUBTRACTS,
@@ -99,6 +101,17 @@ def test_strengths(alpha, factors, way):
         wanted = [math.log((factor - alpha) / (1 - alpha)) for factor in factors]
         assert floats(found[:, LOG_WEIGHT]) == pytest.approx(wanted, abs=1e-7)
         assert found[1, LOG_WEIGHT] == 0  # exactly, at full strength
+
+
+def test_share():
+    """The odds in place of what a merge with a known alpha needs; no key has a bias."""
+    buffers = SteeringBuffers(1, 1, 2, 40)
+    buffers.write(0, replace(emphasis(alpha=1e-4), share=0.2))
+    buffers.show([0])
+    record = buffers.records[0].numpy()
+    assert record[WAY] == SHARES
+    assert floats(record[[LOG_ALPHA, LOG_REST]]) == pytest.approx([math.log(1e-4), 4.0])
+    assert not segments(buffers, 0)[:, LOG_FACTOR:].any()
 
 
 def test_heads_of_a_rank():

@@ -32,6 +32,12 @@ def test_version(capsys):
         (["dmeo"], "invalid choice: 'dmeo'"),
         (["demo", "--alpha", "0"], "--alpha: expected a finite number above 0, got '0'"),
         (["demo", "--alpha", "nan"], "--alpha: expected a finite number above 0, got 'nan'"),
+        (["demo", "--share", "1"], "--share: expected a number above 0 and below 1, got '1'"),
+        (
+            ["demo", "--share", "0.3", "--alpha", "0.1"],
+            "--alpha: not allowed with argument --share",
+        ),
+        (["eval", "--share", "0.3,2"], "--share: expected a number above 0 and below 1, got '2'"),
         (["demo", "--cases", "-1"], "--cases: expected a whole number from 1 on, got '-1'"),
         (["demo", "--max-tokens", "x"], "--max-tokens: expected a whole number"),
     ],

@@ -20,7 +20,7 @@ from vllm_pasta.errors import ConfigError
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch, select
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.resolution import ResolvedEmphasis
+from vllm_pasta.request.resolution import LEAST_FACTOR, ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
 
 KERNELS = {"cpp": launch.steered_attention, "reference": reference.steered_attention}
@@ -38,11 +38,13 @@ class Request:
     alpha: float = 0.01
     heads: tuple[int, ...] = (0,)
     factors: tuple[float, ...] = ()  # of the spans; all 1 where there are none
+    share: float | None = None  # instead of alpha
 
     def emphasis(self) -> ResolvedEmphasis:
         heads = HeadSet(((LAYER, self.heads),))
         prompt_len = self.prompt_len or self.seq_len
-        return ResolvedEmphasis(self.spans, self.alpha, heads, prompt_len, self.factors)
+        alpha = self.alpha if self.share is None else LEAST_FACTOR
+        return ResolvedEmphasis(self.spans, alpha, heads, prompt_len, self.factors, self.share)
 
 
 @dataclass
@@ -160,6 +162,8 @@ class Case:
                     logits = (logits / cap).tanh() * cap
                 if (slopes := self.kind.get("alibi_slopes")) is not None:
                     logits = logits + (slopes[h] * (k_pos - q_pos)).to(dtype)
+                if steered and r.share is not None:
+                    bias = share_bias(r, logits.double(), hidden, k_pos).to(dtype)
                 logits = logits + bias
                 if (sinks := self.kind.get("sinks")) is not None:
                     sink = sinks[h].to(dtype).expand(len(logits), 1)
@@ -167,6 +171,25 @@ class Case:
                 result = logits.softmax(-1) @ v
                 output[rows, h] = result.masked_fill(before, float("nan"))
         return output
+
+
+def share_bias(r: Request, logits: torch.Tensor, hidden: torch.Tensor, k_pos: torch.Tensor):
+    """The same for a share: each row has a factor of its own, found in the weights themselves."""
+    weights = (logits - logits.masked_fill(hidden, -1e9).amax(-1, keepdim=True)).exp()
+    weights = weights.masked_fill(hidden, 0.0)
+    prompt = k_pos < (r.prompt_len or r.seq_len)
+    marked = sum((k_pos >= a) & (k_pos < b) for a, b in r.spans).bool()
+    of_marked = weights.masked_fill(~marked, 0.0).sum(-1)
+    of_rest = weights.masked_fill(marked | ~prompt, 0.0).sum(-1)
+    factors = torch.ones_like(weights)
+    for row in range(len(weights)):
+        m, rest = float(of_marked[row]), float(of_rest[row])
+        if m > 0 and m / (m + rest) < r.share:
+            factor = max(1e-4, (m / r.share - m) / rest)
+            if factor > 1e-4:  # it is the factor that gives the share
+                assert abs(m / (m + factor * rest) - r.share) < 1e-9
+            factors[row] = torch.where(marked | ~prompt, 1.0, factor)
+    return factors.log().masked_fill(hidden, float("-inf"))
 
 
 def decode(seq_len: int, **options) -> Request:
@@ -315,6 +338,38 @@ CASES = {
             )
         ]
     ),
+    **{
+        f"share-{name}": Case(
+            [replace(r, **{"spans": CUT, "share": share, **options}) for r in CUT_REQUESTS],
+            kind=kind,
+            block_size=64,
+        )
+        for name, share, options, kind in (
+            ("small", 0.05, {}, {}),  # some rows have it already
+            ("half", 0.5, {}, {}),
+            ("large", 0.95, {"heads": (0, 1, 2, 3)}, {}),
+            ("least-factor", 0.99999, {"spans": ((3, 4),)}, {}),
+            ("generated", 0.5, {"prompt_len": 130}, {}),
+            ("window", 0.5, {}, {"window": 40}),  # some rows see no mark, some nothing else
+            ("window-of-generated", 0.7, {"prompt_len": 135}, {"window": 33}),
+            ("sinks", 0.5, {"prompt_len": 130}, SINKS),
+            (
+                "all-kinds",
+                0.6,
+                {"prompt_len": 140},
+                {
+                    "window": 77,
+                    "soft_cap": 8.0,
+                    **SINKS,
+                    "alibi_slopes": torch.tensor([0.1, 0.2, 0.01, 0.0]),
+                },
+            ),
+        )
+    },
+    "share-split-keys": Case(
+        [decode(4001, spans=((100, 101), (3000, 3100)), prompt_len=3500, share=0.6)]
+    ),
+    "share-and-alpha": Case([*MIXED, prefill(97, share=0.4), decode(300, share=0.7, heads=(2,))]),
 }
 
 
@@ -375,6 +430,19 @@ WHOLE = {
             decode(97, heads=(0, 3), spans=((3, 7), (7, 70)), factors=(0.2, 0.001)),
             decode(33),
         ]
+    ),
+    "shares": Case(
+        [
+            decode(130, heads=(0, 1), share=0.6),
+            decode(700, prompt_len=600, heads=(2,), share=0.3),
+            decode(700, prompt_len=600, spans=((100, 101), (550, 560)), heads=(0, 3), share=0.9),
+            decode(97, heads=(0, 3)),
+            decode(33, share=0.01),
+        ]
+    ),
+    "shares, split keys": Case([decode(4001, spans=((3, 9), (3000, 3100)), share=0.7)]),
+    "shares of all kinds": Case(
+        [decode(300, share=0.7), decode(33, heads=(2,))], kind=CASES["all-kinds"].kind
     ),
     "window": Case([decode(300, heads=(1,)), decode(33)], kind={"window": 40}, block_size=32),
     "all kinds": Case([decode(300), decode(33, heads=(2,))], kind=CASES["all-kinds"].kind),

@@ -1,6 +1,7 @@
 """Packing: what a kernel is told."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -24,6 +25,15 @@ def test_static():
     assert torch.equal(plan.merge_bases, torch.tensor([half, 0]))
     heads = {layer: (h.offsets.tolist(), h.heads.tolist()) for layer, h in plan.layers.items()}
     assert heads == {0: ([0, 2, 2], [1, 2]), 3: ([0, 1, 2], [0, 5])}
+
+
+def test_share():
+    """No key has a bias; what a row keeps, and what its factor follows from."""
+    plan = StaticPlan.pack([(2, replace(A, alpha=1e-4, share=0.2)), (5, B)])
+    assert plan.odds.tolist() == [4.0, 0.0]
+    assert plan.biases.tolist()[:6] == [0.0] * 6
+    assert plan.merge_weights.tolist()[:6] == [0, 1, 0, 1, 0, 1]
+    assert torch.equal(plan.merge_bases, torch.tensor([math.log(1e-4), 0]))
 
 
 def test_heads_of_one_rank():

@@ -70,9 +70,13 @@ RUN = "model --tasks --examples --seed --data --engine --eager --stop-after --al
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ("demo", "--model --heads --alpha --max-tokens --cases --compile --json"),
+        ("demo", "--model --heads --alpha --share --max-tokens --cases --compile --json"),
         ("explain", "--model --prompt --messages --emphasis --tag --json"),
-        ("eval", f"{RUN} --methods --head-counts --split --generations --plots --markdown --json"),
+        (
+            "eval",
+            f"{RUN} --share --methods --head-counts --split --generations --plots --markdown "
+            "--json",
+        ),
         ("profile", f"{RUN} --top-k --select --search --likelihood --shard --compare"),
         ("verify", "model --shape --only --runs --logs --json"),
     ],
@@ -89,13 +93,19 @@ def test_fields_of_the_configuration():
     with pytest.raises(ConfigError) as refused:
         PastaConfig.parse({"no such field": 1})
     known = re.search("known are (.*)", str(refused.value))[1].split(", ")
-    assert set(known) >= {"heads", "alpha", "head_sets", "markup", "tag", "keep_marks"}
+    assert set(known) >= {"heads", "alpha", "share", "head_sets", "markup", "tag", "keep_marks"}
 
 
 def test_fields_of_a_request():
     for key, known in (
-        ({"emphasis": {"no such field": 1}}, "spans text chars markup keep_marks alpha heads"),
-        ({"emphasis_no": 1}, "emphasis emphasis_alpha emphasis_heads emphasis_markup"),
+        (
+            {"emphasis": {"no such field": 1}},
+            "spans text chars markup keep_marks alpha heads share",
+        ),
+        (
+            {"emphasis_no": 1},
+            "emphasis emphasis_alpha emphasis_heads emphasis_markup emphasis_share",
+        ),
     ):
         with pytest.raises(EmphasisError) as refused:
             vllm_pasta.Emphasis.parse(key)
@@ -111,7 +121,7 @@ def test_flags_of_vllm():
     flags.add_plugin_flag(made)
     flags.add_flags(made)
     options = {option for action in made._actions for option in action.option_strings}
-    assert options >= {"--plugin", "--pasta-heads", "--pasta-alpha"}
+    assert options >= {"--plugin", "--pasta-heads", "--pasta-alpha", "--pasta-share"}
 
 
 def test_routes_and_header():

@@ -60,10 +60,10 @@ def test_marks_that_cut_each_other_up_are_counted():
         strongest([*nested, ((400, 500), 5000.0)], 0.01)
 
 
-@pytest.mark.parametrize("factors", [(), (0.1, 0.2)])
-def test_wire(factors):
+@pytest.mark.parametrize("changes", [{}, {"factors": (0.1, 0.2)}, {"share": 0.3}], ids=str)
+def test_wire(changes):
     """What arrives equals what was sent, through JSON-like types alone."""
-    sent = replace(SENT, factors=factors)
+    sent = replace(SENT, **changes)
     arrived = ResolvedEmphasis.from_wire(json.loads(json.dumps(sent.to_wire())))
     assert arrived == sent
     assert arrived.digest == sent.digest
@@ -76,6 +76,17 @@ def test_one_strength_is_sent_as_ever():
     assert set(SENT.to_wire()) == {"spans", "alpha", "heads", "prompt_len"}
     with pytest.raises(ValueError, match="expected 2 factors, got 1"):
         replace(SENT, factors=(0.5,))
+
+
+def test_share():
+    """A digest that does not tell one share from another, or from none."""
+    shares = [replace(SENT, share=share) for share in (None, 0.3, 0.31)]
+    for digest in ("digest", "fingerprint"):
+        assert len({getattr(emphasis, digest) for emphasis in shares}) == 3
+    assert shares[1].odds == pytest.approx(0.7 / 0.3)
+    assert not shares[1].is_plain
+    with pytest.raises(ValueError, match="no factors beside a share"):
+        replace(shares[1], factors=(0.5, 1.0))
 
 
 @pytest.mark.parametrize(

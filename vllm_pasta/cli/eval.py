@@ -35,8 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"comma-separated: {methods.KNOWN}",
     )  # fmt: skip
     parser.add_argument(
-        "--alpha", type=options.alphas, default=[None],
-        help="scale factors of methods that steer; comma-separated (a head set's own, else 0.01)",
+        "--alpha", type=options.alphas,
+        help="scale factors of methods that steer; comma-separated (a head set's own, else 0.01; "
+        "none with --share)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share", type=options.shares, default=[],
+        help="evaluate methods that steer with these shares, too: what the emphasised part gets at "
+        "least of a steered head's attention to the prompt; comma-separated",
     )  # fmt: skip
     parser.add_argument(
         "--head-counts", type=options.counts, default=[],
@@ -79,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
                 plots.pyplot()  # now, not after hours of answers
     model = args.model or str(smollm2.model_path())
     with options.named("--methods"):
-        asked = methods.parse_all(args.methods, args.alpha, args.head_counts, every_head(model))
+        alphas = args.alpha or ([] if args.share else [None])
+        asked = methods.parse_all(
+            args.methods, alphas, args.head_counts, every_head(model), args.share
+        )
     samples = {t.name: sample(t, args.split, args.examples, args.seed, args.data) for t in chosen}
     engine = engine_options(args.engine, args.eager)
     info = describe(args.model or smollm2.NAME, model, engine)

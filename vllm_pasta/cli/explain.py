@@ -14,7 +14,7 @@ from vllm_pasta.request.head_sets.library import bundled
 from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
 from vllm_pasta.request.locate import Located, Locator
 from vllm_pasta.request.markup import Markup
-from vllm_pasta.request.resolution import KEY
+from vllm_pasta.request.resolution import KEY, check_share
 from vllm_pasta.request.tokens import decoded
 
 HELP = "which tokens an emphasis marks, without running a model"
@@ -60,12 +60,20 @@ def run(args: argparse.Namespace) -> int:
     markup = Markup(emphasis.markup or "off", args.tag, emphasis.keep_marks in (None, True))
     located = Locator(lambda: tokenizer).locate(emphasis, markup, ids, text, chat)
     alpha, alpha_from = strength(emphasis)
+    if emphasis.share is not None:
+        check_share(emphasis.share, "request", located.factors)
     if args.json:
-        report = {**to_json(tokenizer, located), "alpha": alpha, "alpha_from": alpha_from}
+        report = to_json(tokenizer, located)
+        if emphasis.share is None:
+            report |= {"alpha": alpha, "alpha_from": alpha_from}
+        else:
+            report |= {"share": emphasis.share, "share_from": "request"}
         print(json.dumps(report, ensure_ascii=False, indent=1))
     else:
         show(tokenizer, located, sys.stdout)
-        if alpha is not None:
+        if emphasis.share is not None:
+            print(f"share {emphasis.share:g}, from the request")
+        elif alpha is not None:
             unless = ", unless the server has its own" if alpha_from == "head set" else ""
             print(f"α {alpha:g}, from the {alpha_from}{unless}")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from vllm_pasta import envs, tasks
 from vllm_pasta.cli import smollm2
 from vllm_pasta.errors import PastaError
-from vllm_pasta.request.marks import parse_alpha
+from vllm_pasta.request.marks import parse_alpha, parse_share
 
 DEFAULT_HEADS = "smollm2-135m-instruct"
 """The bundled head set for the default model."""
@@ -98,6 +98,25 @@ def alpha(text: str) -> float:
 def alphas(text: str) -> list[float]:
     """Scale factors, separated by commas."""
     return [alpha(part) for part in text.split(",")]
+
+
+def share(text: str) -> float:
+    """A share of attention.
+
+    Raises:
+        argparse.ArgumentTypeError: the number is not between 0 and 1.
+    """
+    try:
+        return parse_share(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number above 0 and below 1, got {text!r}"
+        ) from None
+
+
+def shares(text: str) -> list[float]:
+    """Shares of attention, separated by commas."""
+    return [share(part) for part in text.split(",")]
 
 
 def json_object(text: str) -> dict[str, Any]:

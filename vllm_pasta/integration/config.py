@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 
 from vllm_pasta.errors import ConfigError
+from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.head_sets import auto
 from vllm_pasta.request.head_sets.library import Model, bundled, chosen_for, find, names
 from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
-from vllm_pasta.request.marks import parse_alpha
+from vllm_pasta.request.marks import parse_alpha, parse_share
 from vllm_pasta.request.markup import MARKUPS, ROLES, Markup
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class PastaConfig:
         head_sets: Head sets that requests may name.
         origin: Why these are the ``heads``, for the log.
         markup: Markup of requests that choose none; off unless configured.
+        share: In place of ``alpha``, the share of requests that give neither; None means that
+            ``alpha`` is in force.
     """
 
     heads: HeadSet | None
@@ -37,6 +40,14 @@ class PastaConfig:
     head_sets: Mapping[str, HeadSet]
     markup: Markup = field(default_factory=Markup)
     origin: str = "the configuration names them"
+    share: float | None = None
+
+    def share_of(self, emphasis: Emphasis) -> tuple[float | None, str]:
+        """The share of a request, and who gives it: ``"request"`` or ``"server"``; None where
+        `alpha_of` tells its strength."""
+        if emphasis.share is not None or emphasis.alpha is not None:
+            return emphasis.share, "request"
+        return self.share, "server"
 
     def alpha_of(self, heads: HeadSet, asked: float | None) -> tuple[float, str]:
         """The scale factor of a request, and who gives it.
@@ -61,9 +72,9 @@ class PastaConfig:
     ) -> "PastaConfig":
         """Reads the ``pasta`` section; every field may be absent.
 
-        ``{"heads": …, "alpha": …, "head_sets": {name: path}, "markup": …, "markup_roles": [role],
-        "tag": …, "keep_marks": …}``. ``heads`` is the path of a head set file, the name of a head
-        set, ``"auto"``, or ``{"layer": [heads]}``.
+        ``{"heads": …, "alpha": …, "share": …, "head_sets": {name: path}, "markup": …,
+        "markup_roles": [role], "tag": …, "keep_marks": …}``. ``heads`` is the path of a head set
+        file, the name of a head set, ``"auto"``, or ``{"layer": [heads]}``.
 
         Args:
             value: The section.
@@ -77,7 +88,9 @@ class PastaConfig:
         """
         if not isinstance(value, Mapping):
             raise ConfigError(f"additional_config[{KEY!r}]: expected an object, got {value!r:.80}")
-        known = ("heads", "alpha", "head_sets", "markup", "markup_roles", "tag", "keep_marks")
+        known = (
+            "heads", "alpha", "head_sets", "markup", "markup_roles", "tag", "keep_marks", "share",
+        )  # fmt: skip
         if unknown := [key for key in value if key not in known]:
             hint = ": leave it out, a GPU need not be asked for" if unknown[0] == "gpu" else ""
             raise ConfigError(
@@ -92,11 +105,17 @@ class PastaConfig:
             if name == auto.AUTO:
                 raise ConfigError(f"head_sets: {name!r} is the name of what a search finds")
             head_sets[name] = _head_set(path, head_sets)
-        alpha = value.get("alpha")
+        alpha, share = value.get("alpha"), value.get("share")
+        if alpha is not None and share is not None:
+            raise ConfigError(f"expected alpha or share, got both: {alpha!r:.20} and {share!r:.20}")
         try:
             alpha = None if alpha is None else parse_alpha(alpha)
         except ValueError as e:
             raise ConfigError(f"alpha: {e}") from None
+        try:
+            share = None if share is None else parse_share(share)
+        except ValueError as e:
+            raise ConfigError(f"share: {e}") from None
         markup = _markup(value)
         wanted, origin = value.get("heads"), cls.origin
         if wanted == auto.AUTO:
@@ -108,7 +127,7 @@ class PastaConfig:
         if wanted is None and model is not None:
             heads = chosen_for(model, head_sets)
             origin = f"no heads are configured, and the model is called {model.short_name}"
-        return cls(heads, alpha, head_sets, markup, origin)
+        return cls(heads, alpha, head_sets, markup, origin, share)
 
     def names(self, model: Model) -> list[str]:
         """The names of the head sets that fit a model."""

@@ -155,7 +155,7 @@ def emphasis(prompt: Prompt, method: Method) -> dict[str, Any] | None:
     return {
         "emphasis": {
             "spans": [list(span) for span in prompt.spans],
-            "alpha": method.alpha,
+            **({"alpha": method.alpha} if method.share is None else {"share": method.share}),
             "heads": method.heads.to_json(),
         }
     }

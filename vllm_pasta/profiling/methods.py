@@ -52,6 +52,7 @@ class Method:
         shots: Number of demonstrations before the prompt.
         heads: Steered heads; None means no steering.
         alpha: Scale factor of the steered heads' attention to the prompt's other tokens.
+        share: Instead of ``alpha``, the least share of the emphasised part; None means none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     shots: int = 0
     heads: HeadSet | None = None
     alpha: float = 1.0
+    share: float | None = None
 
     @property
     def key(self) -> str:
@@ -67,7 +69,8 @@ class Method:
             return f"{self.mark}{self.shots}"
         wire = json.dumps(self.heads.to_wire())
         short = wire if len(wire) < 12 else hashlib.sha256(wire.encode()).hexdigest()[:12]
-        return f"{self.mark}{self.shots}{short}@{self.alpha:g}"
+        strength = f"{self.alpha:g}" if self.share is None else f"share {self.share:g}"
+        return f"{self.mark}{self.shots}{short}@{strength}"
 
 
 PLAIN = Method("zero-shot")
@@ -140,8 +143,9 @@ def parse_all(
     alphas: Sequence[float | None],
     counts: Sequence[int],
     every: Sequence[Head],
+    shares: Sequence[float] = (),
 ) -> list[Method]:
-    """All methods of these names; those that steer, once for each alpha.
+    """All methods of these names; those that steer, once for each alpha and each share.
 
     Args:
         texts: Names, see `KNOWN`.
@@ -149,21 +153,26 @@ def parse_all(
         counts: For head sets that a profile made: further methods, each with that many heads from
             the top of the profile's rankings.
         every: All heads of the model.
+        shares: Shares, see `Method.share`.
 
     Raises:
         PastaError: as `parse`; or a count is above the number of ranked heads.
     """
     found: dict[str, Method] = {}
+    strengths: list[tuple[float | None, float | None]]
+    strengths = [(alpha, None) for alpha in alphas] + [(1.0, share) for share in shares]
     for text in texts:
-        for alpha in alphas:
+        for alpha, share in strengths:
             method = parse(text, alpha, every)
             methods = [method]
             if method.heads and counts and "profiles" in method.heads.provenance:
                 methods += _first_of_ranking(method, counts)
             for each in methods:
-                swept = each.heads is not None and len(alphas) > 1
-                name = f"{each.name} α={each.alpha:g}" if swept else each.name
-                found[name] = replace(each, name=name)
+                name = each.name
+                if each.heads is not None and len(strengths) > 1:
+                    name += f" α={each.alpha:g}" if share is None else f" share={share:g}"
+                own = None if each.heads is None else share
+                found[name] = replace(each, name=name, share=own)
     return list(found.values())
 
 

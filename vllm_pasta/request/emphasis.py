@@ -11,11 +11,23 @@ from typing import Any, cast
 
 from vllm_pasta.errors import EmphasisError, HeadSetError, show
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.marks import Mark, parse_alpha, parse_chars, parse_spans, parse_texts
+from vllm_pasta.request.marks import (
+    Mark,
+    parse_alpha,
+    parse_chars,
+    parse_share,
+    parse_spans,
+    parse_texts,
+)
 from vllm_pasta.request.markup import MARKUPS
 from vllm_pasta.request.resolution import KEY, Span, check_count
 
-FLAT_KEYS = {"emphasis_alpha": "alpha", "emphasis_heads": "heads", "emphasis_markup": "markup"}
+FLAT_KEYS = {
+    "emphasis_alpha": "alpha",
+    "emphasis_share": "share",
+    "emphasis_heads": "heads",
+    "emphasis_markup": "markup",
+}
 """Keys beside ``emphasis`` in ``extra_args``, for transports that carry scalars and flat lists."""
 
 RETURN_KEY = "return_emphasis"
@@ -66,6 +78,8 @@ class Emphasis:
         alpha: Scale factor for the other prompt tokens; None means the server's.
         heads: A head set, or the name of one known to the server; None means the server's.
         alphas: A factor for each of ``spans``; empty where all are 1, full strength.
+        share: In place of ``alpha``, the least share of attention that the marks get; None means
+            that none is asked for.
     """
 
     spans: tuple[Span, ...] = ()
@@ -75,6 +89,7 @@ class Emphasis:
     alpha: float | None = None
     heads: HeadSet | str | None = None
     alphas: tuple[float, ...] = ()
+    share: float | None = None
 
     @property
     def is_off(self) -> bool:
@@ -137,14 +152,22 @@ class Emphasis:
                 )
             markup = "off"
         check_count(len(spans) + len(marks))
+        alpha, share = _alpha(fields.get("alpha")), _share(fields.get("share"))
+        if alpha is not None and share is not None:
+            raise EmphasisError(
+                "expected `alpha` or `share`, got both: one is a factor for the prompt's other "
+                "tokens, the other finds that factor",
+                field="emphasis.share",
+            )
         return cls(
             tuple(span for span, _ in spans),
             marks,
             markup,
             _keep_marks(fields.get("keep_marks"), markup),
-            _alpha(fields.get("alpha")),
+            alpha,
             _heads(fields.get("heads")),
-            () if all(alpha == 1.0 for alpha in alphas) else alphas,
+            () if all(factor == 1.0 for factor in alphas) else alphas,
+            share,
         )
 
 
@@ -194,7 +217,7 @@ def _fields(value: Any) -> dict[str, Any]:
             f"got {show(value)}",
             field=KEY,
         )
-    known = ("spans", "text", "chars", "markup", "keep_marks", "alpha", "heads", "prompts")
+    known = ("spans", "text", "chars", "markup", "keep_marks", "alpha", "heads", "share", "prompts")
     if unknown := [key for key in value if key not in known[:-1]]:
         raise EmphasisError(
             f"unknown field {show(unknown[0])}; known are {', '.join(known)}{hint}", field=KEY
@@ -238,6 +261,15 @@ def _alpha(value: Any) -> float | None:
         return parse_alpha(value)
     except ValueError as e:
         raise EmphasisError(str(e), field="emphasis.alpha") from None
+
+
+def _share(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        return parse_share(value)
+    except ValueError as e:
+        raise EmphasisError(str(e), field="emphasis.share") from None
 
 
 def _heads(value: Any) -> HeadSet | str | None:

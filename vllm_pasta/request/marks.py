@@ -202,6 +202,17 @@ def parse_alpha(value: Any) -> float:
     raise ValueError(f"expected a finite number above 0, got {show(value)}")
 
 
+def parse_share(value: Any) -> float:
+    """A share of attention: see `vllm_pasta.request.resolution.ResolvedEmphasis.share`.
+
+    Raises:
+        ValueError: not a number, or not between 0 and 1.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return float(value)
+    raise ValueError(f"expected a number above 0 and below 1, got {show(value)}")
+
+
 def _alpha(value: Any, where: str) -> float:
     try:
         return parse_alpha(value)

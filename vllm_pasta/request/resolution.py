@@ -20,6 +20,10 @@ WIRE_KEY = "_vllm_pasta"
 """Key in ``SamplingParams.extra_args`` of the resolved emphasis, in its wire form; and in the
 prompt of a beam search."""
 
+LEAST_FACTOR = 1e-4
+"""Least factor that a share may lead to: even where a head all but ignores the marks, a trace of
+the prompt's other tokens stays."""
+
 MAX_SPANS = 256
 """Most spans and marks that one request may carry, and most ranges they may come to."""
 
@@ -33,6 +37,10 @@ class ResolvedEmphasis:
     Attention to a token of the prompt is scaled by the token's factor: its span's, or ``alpha``
     where no span holds it. Generated tokens are never scaled.
 
+    With a ``share`` the factor of the prompt's other tokens is each (row, head) pair's own: the
+    largest in ``[alpha, 1]`` that gives the spans at least that share of what the pair attends to
+    in the prompt. A pair that sees no token of a span is left as it is.
+
     Attributes:
         spans: Emphasised token ranges: half open, sorted, disjoint, within ``[0, prompt_len)``.
         alpha: Factor of the prompt's other tokens; > 0, finite.
@@ -41,9 +49,10 @@ class ResolvedEmphasis:
         factors: Factor of each span's tokens; > 0, finite. Empty where all are 1, which is full
             strength; a tuple of ones is stored as the empty one. Spans that touch have different
             factors, and none has ``alpha`` (`strongest` makes such).
+        share: Least share of the spans, in (0, 1); None where ``alpha`` is the factor itself.
 
     Raises:
-        ValueError: there are factors, and not one for each span.
+        ValueError: there are factors, and not one for each span, or a share beside them.
     """
 
     spans: tuple[Span, ...]
@@ -51,12 +60,21 @@ class ResolvedEmphasis:
     heads: HeadSet
     prompt_len: int
     factors: tuple[float, ...] = ()
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.factors and len(self.factors) != len(self.spans):
             raise ValueError(f"expected {len(self.spans)} factors, got {len(self.factors)}")
         if all(factor == 1.0 for factor in self.factors):
             object.__setattr__(self, "factors", ())
+        if self.share is not None and self.factors:
+            raise ValueError(f"expected no factors beside a share, got {self.factors}")
+
+    @property
+    def odds(self) -> float:
+        """With a share, what the prompt's other tokens may weigh at most, in units of what the
+        spans weigh; 0 without one."""
+        return 0.0 if self.share is None else (1 - self.share) / self.share
 
     @property
     def span_factors(self) -> tuple[float, ...]:
@@ -78,9 +96,10 @@ class ResolvedEmphasis:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of alpha and heads (not of spans and their factors), the same in every process
+        """Digest of strength and heads (not of spans and their factors), the same in every process
         and release."""
-        return _digest([self.alpha.hex(), self.heads.to_wire()])
+        share = [] if self.share is None else [self.share.hex()]
+        return _digest([self.alpha.hex(), self.heads.to_wire(), *share])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,6 +115,8 @@ class ResolvedEmphasis:
             "heads": self.heads.to_wire(),
             "prompt_len": self.prompt_len,
         }
+        if self.share is not None:
+            wire["share"] = self.share
         return {**wire, "factors": list(self.factors)} if self.factors else wire
 
     @classmethod
@@ -112,6 +133,7 @@ class ResolvedEmphasis:
             heads=HeadSet.from_wire(wire["heads"]),
             prompt_len=wire["prompt_len"],
             factors=tuple(wire.get("factors", ())),
+            share=wire.get("share"),
         )
 
 
@@ -126,7 +148,8 @@ class Resolution:
         spans: The marked token ranges, those included that are as strong as unmarked tokens.
         factors: A factor for each of ``spans``; empty where all are 1, full strength.
         prompt: Which prompt of the request's list it is, from 0.
-        alpha_from: Who gave ``emphasis.alpha``: "request", "server", "head set" or "default".
+        strength_from: Who gave ``emphasis.share``, or without one ``emphasis.alpha``: "request",
+            "server", "head set" or "default".
     """
 
     emphasis: ResolvedEmphasis
@@ -135,7 +158,7 @@ class Resolution:
     spans: tuple[Span, ...]
     factors: tuple[float, ...] = ()
     prompt: int = 0
-    alpha_from: str = "request"
+    strength_from: str = "request"
 
     def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """The marked token ranges and their text, for people; and ``alpha``, a mark's own factor,
@@ -229,6 +252,25 @@ def _without(spans: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
             if part[0] < part[1]
         ]
     return left
+
+
+def check_share(share: float, share_from: str, factors: Iterable[float]) -> None:
+    """Checks that no mark has a strength of its own beside a share.
+
+    Args:
+        share: The share that is in force.
+        share_from: Who gives it: "request" or "server".
+        factors: A factor for each of the marked ranges; none where all are 1.
+
+    Raises:
+        EmphasisError: a mark has one.
+    """
+    if any(factor != 1.0 for factor in factors):
+        raise EmphasisError(
+            "a mark has a strength of its own, which goes with `alpha` alone, but the strength is "
+            f"the {share_from}'s share {share:g}: give the request an `alpha`, or the mark none",
+            field="emphasis.share",
+        )
 
 
 def check_count(count: int) -> None:

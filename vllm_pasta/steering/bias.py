@@ -2,6 +2,9 @@
 
 A prompt is cut into *segments*, ranges of keys with one factor each. A key's bias is the log of its
 factor; generated keys have factor 1, and so no bias.
+
+With a share, a row's factor is known once its logits are (`rest_factor`), so no key has a
+bias of its own.
 """
 
 import math
@@ -66,6 +69,27 @@ def key_bias(ends: Iterable[int], biases: Iterable[float], length: int) -> torch
         bias[start:end] = value
         start = end
     return bias
+
+
+def rest_factor(
+    marked: torch.Tensor, rest: torch.Tensor, odds: float, least: float
+) -> torch.Tensor:
+    """The factor of a prompt's other tokens that gives the marked ones their share.
+
+    With M the marked tokens' sum of weights exp(logit) and R the others', their share is
+    ``M / (M + f R)``, and it is s where ``f R = (1 - s) / s M``.
+
+    Args:
+        marked: Log of M, any shape; minus infinity where a row sees no marked token.
+        rest: Log of R.
+        odds: ``(1 - s) / s``.
+        least: Least factor.
+
+    Returns:
+        Log of f, in ``[log(least), 0]``; 0 where a row sees no marked token, or no other.
+    """
+    factor = (marked - rest + math.log(odds)).clamp(math.log(least), 0.0)
+    return torch.where(marked.isneginf() | rest.isneginf(), 0.0, factor)
 
 
 def merge_base(alpha: float, factors: Sequence[float]) -> float | None:

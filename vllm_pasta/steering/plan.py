@@ -81,9 +81,11 @@ class StaticPlan:
             generated, and has no end.
         biases: float32 ``[S]``; added to the logits of the segment's keys.
         merge_weights: float32 ``[S]``; what of a segment's keys a merge adds to the plain output,
-            times ``1 - exp(merge_bases)``: see `bias.merge_base`.
+            times ``1 - exp(merge_bases)``: see `bias.merge_base`. With a share, 1 for the marked
+            and the generated keys, 0 for the others.
         merge_bases: float32 ``[R]``; log of what the plain output counts for; 0 where the request
-            must be computed without it.
+            must be computed without it. With a share, log of the least factor.
+        odds: float32 ``[R]``; `ResolvedEmphasis.odds`: 0 where there is no share.
         layers: Heads per layer (numbered over the whole model); layers without are left out.
     """
 
@@ -94,6 +96,7 @@ class StaticPlan:
     biases: torch.Tensor
     merge_weights: torch.Tensor
     merge_bases: torch.Tensor
+    odds: torch.Tensor
     layers: dict[int, LayerHeads]
 
     @classmethod
@@ -128,6 +131,7 @@ class StaticPlan:
             biases=_float32([segment.bias for cut in cuts for segment in cut]),
             merge_weights=_float32([weight for row in weights for weight in row]),
             merge_bases=_float32(bases),
+            odds=_float32([emphasis.odds for _, emphasis in requests]),
             layers={layer: LayerHeads.pack(heads) for layer, heads in layers.items()},
         )
 
@@ -206,6 +210,9 @@ def _segments(emphasis: ResolvedEmphasis) -> tuple[list[bias.Segment], list[floa
     alpha, factors = emphasis.alpha, emphasis.factors
     cut = bias.segments(emphasis.spans, alpha, emphasis.prompt_len, factors)
     cut.append(bias.Segment(ENDLESS, 1.0))
+    if emphasis.share is not None:
+        weights = [float(segment.factor == 1.0) for segment in cut]
+        return [bias.Segment(segment.end, 1.0) for segment in cut], weights, math.log(alpha)
     base = bias.merge_base(alpha, factors)
     if base is None:
         return cut, [1.0] * len(cut), 0.0

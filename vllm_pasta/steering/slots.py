@@ -27,7 +27,7 @@ HEADER = SEGMENTS + GROUP * SEGMENT
 """Columns of a record that come before the heads."""
 MAX_GROUPS = -(-MAX_SPANS // GROUP)
 
-DIRECT, ADDS, SUBTRACTS = range(3)
+DIRECT, ADDS, SUBTRACTS, SHARES = range(4)
 """Values of ``WAY``."""
 
 PLAIN = -1
@@ -56,10 +56,11 @@ class SteeringBuffers:
             - ``EMPHASISED``: number of tokens in all segments.
             - ``NUM_GROUPS``: of segments, at least 1.
             - ``LOG_ALPHA``: natural logarithm of the factor of the prompt's tokens outside the
-              segments.
-            - ``LOG_REST``: ``log(abs(1 - alpha))``.
+              segments; with a share, of their least factor.
+            - ``LOG_REST``: ``log(abs(1 - alpha))``; with a share, `ResolvedEmphasis.odds`.
             - ``WAY``: whether the segments' and generated tokens' factors are all at least alpha
-              (``ADDS``), all at most alpha (``SUBTRACTS``), or neither (``DIRECT``).
+              (``ADDS``), all at most alpha (``SUBTRACTS``), or neither (``DIRECT``); or whether
+              there is a share (``SHARES``).
             - ``SEGMENTS``: the first group. A segment is ``[START, END)`` of the prompt, with
               ``LOG_FACTOR`` = ``log(factor)`` and ``LOG_WEIGHT`` =
               ``log((factor - alpha) / (1 - alpha))``: both exactly 0 where the factor is 1.
@@ -121,7 +122,7 @@ class SteeringBuffers:
         record[SLOT], record[FIRST], record[PROMPT_LEN] = slot, emphasis.first, emphasis.prompt_len
         record[EMPHASISED], record[NUM_GROUPS] = emphasised, len(segments) // GROUP
         record[LOG_ALPHA] = _float_bits(math.log(emphasis.alpha))
-        record[LOG_REST] = _float_bits(_log(abs(1 - emphasis.alpha)))
+        record[LOG_REST] = _float_bits(emphasis.odds or _log(abs(1 - emphasis.alpha)))
         record[WAY] = way
         record[SEGMENTS:HEADER] = segments[:GROUP].ravel()
         record[HEADER:] = heads
@@ -201,7 +202,9 @@ def _segments(emphasis: ResolvedEmphasis) -> tuple[np.ndarray, int, int]:
     pairs = [(span, factor) for span, factor in marks if factor != alpha]
     others = [1.0, *(factor for _, factor in pairs)]
     way = DIRECT
-    if alpha < 1 and min(others) > alpha:
+    if emphasis.share is not None:
+        way = SHARES
+    elif alpha < 1 and min(others) > alpha:
         way = ADDS
     elif alpha > 1 and max(others) < alpha:
         way = SUBTRACTS

@@ -1,7 +1,8 @@
 """An independent reference: PASTA on transformers, one sequence at a time.
 
 An attention function with an additive bias: for a steered head, the log of its factor on every key
-of the prompt: alpha outside the emphasised ranges. Imports nothing of vllm-pasta.
+of the prompt: alpha outside the emphasised ranges; or, with a share, what each row needs there.
+Imports nothing of vllm-pasta.
 """
 
 from collections.abc import Container, Iterator
@@ -24,7 +25,8 @@ from transformers import (
 class Steering:
     """``spans`` of token positions, ``heads`` as {layer: [query heads]}, ``factors`` of the spans.
 
-    Where spans overlap, the largest factor counts; None means that all are 1.
+    Where spans overlap, the largest factor counts; None means that all are 1. With ``share``,
+    ``alpha`` and ``factors`` do not matter.
     """
 
     spans: list[tuple[int, int]]
@@ -32,6 +34,14 @@ class Steering:
     alpha: float
     prompt_len: int
     factors: list[float] | None = None
+    share: float | None = None
+
+    def is_marked(self, count: int) -> torch.Tensor:
+        """Which of the first ``count`` tokens are in a span: bool."""
+        result = torch.zeros(count, dtype=torch.bool)
+        for start, end in self.spans:
+            result[start:end] = True
+        return result
 
     def key_factors(self, count: int) -> torch.Tensor:
         """By how much attention to each of the first ``count`` tokens is scaled: float64."""
@@ -45,6 +55,9 @@ class Steering:
 
 RECURRENCES = ("conv", "hybrid", "linear_attention", "mamba")
 """Kinds of layers, in configurations, that keep a state from token to token."""
+
+LEAST_FACTOR = 1e-4
+"""A share leads to no smaller factor."""
 
 _current: Steering | None = None
 
@@ -67,7 +80,7 @@ def _add_bias(logits: torch.Tensor, layer: int, position: torch.Tensor) -> None:
     difference. position: int ``[rows]``; rows before the first emphasised token see nothing that
     is emphasised, so they stay as they are.
     """
-    if _current is None or layer not in _current.heads:
+    if _current is None or layer not in _current.heads or _current.share is not None:
         return
     factors = _current.key_factors(logits.shape[-1])
     marked = (factors[: _current.prompt_len] != _current.alpha).nonzero()
@@ -77,6 +90,29 @@ def _add_bias(logits: torch.Tensor, layer: int, position: torch.Tensor) -> None:
     steered = position >= int(marked[0])
     for head in _current.heads[layer]:
         logits[:, head] += torch.where(steered[:, None], bias, 0.0)
+
+
+def _reach_share(logits: torch.Tensor, layer: int) -> None:
+    """Scales the prompt's unmarked keys until the marked ones have their share of the prompt, in
+    place; generated keys count for neither, and keep their logits.
+
+    logits: float ``[1, heads, rows, keys]``, those of hidden keys minus infinity.
+    """
+    if _current is None or layer not in _current.heads or _current.share is None:
+        return
+    keys = logits.shape[-1]
+    marked = _current.is_marked(keys)
+    rest = ~marked & (torch.arange(keys) < _current.prompt_len)
+    marked, rest = marked.to(logits.device), rest.to(logits.device)
+    for head in _current.heads[layer]:
+        rows = logits[0, head].double()
+        weights = (rows - rows.amax(-1, keepdim=True)).exp()
+        of_marked, of_rest = weights[:, marked].sum(-1), weights[:, rest].sum(-1)
+        has = of_marked / (of_marked + of_rest)
+        factor = of_marked * (1 / _current.share - 1) / of_rest
+        is_short = (of_marked > 0) & (has < _current.share)
+        factor = torch.where(is_short, factor.clamp(min=LEAST_FACTOR), 1.0)
+        logits[0, head] += torch.where(rest, factor.log()[:, None], 0.0).float()
 
 
 def _attention(
@@ -97,6 +133,7 @@ def _attention(
     distance = position[:, None] - torch.arange(keys, device=query.device)
     hidden = (distance < 0) | (distance >= (sliding_window or keys))
     logits = logits.masked_fill(hidden, float("-inf"))
+    _reach_share(logits, module.layer_idx)
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.float().view(1, -1, 1, 1).expand(1, -1, rows, 1)], -1)
     weights = logits.softmax(dim=-1)[..., :keys]
@@ -109,7 +146,10 @@ AttentionInterface.register("pasta_oracle", _attention)
 def _bloom_hook(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits."""
+    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits.
+    Those are not known here, so a share cannot be reached."""
+    if _current is not None and _current.share is not None:
+        raise NotImplementedError("a share on Bloom")
     alibi = kwargs["alibi"].clone()
     _add_bias(alibi[None], module.layer_idx, torch.tensor([alibi.shape[-1]], device=alibi.device))
     return args, {**kwargs, "alibi": alibi}

@@ -15,8 +15,8 @@ class Request:
     Attributes:
         prompt: Token ids.
         max_tokens: So many are generated.
-        emphasis: As ``extra_args["emphasis"]`` has it, with ``spans``, ``heads`` and ``alpha``;
-            None for a plain request.
+        emphasis: As ``extra_args["emphasis"]`` has it, with ``spans``, ``heads`` and ``alpha`` or
+            ``share``; None for a plain request.
     """
 
     prompt: list[int]
@@ -31,8 +31,9 @@ class Request:
         return Steering(
             [(start, end) for start, end in self.emphasis["spans"]],
             {int(layer): heads for layer, heads in self.emphasis["heads"].items()},
-            self.emphasis["alpha"],
+            self.emphasis.get("alpha", 1.0),
             len(self.prompt),
+            share=self.emphasis.get("share"),
         )
 
     def to_json(self, **options: Any) -> dict[str, Any]:
@@ -51,8 +52,8 @@ def mixed(
     """Requests of many kinds: three of four are steered, each in another way.
 
     They have one to four spans anywhere in the prompt, one to eight heads over some of the layers
-    or every head, and an alpha from 1e-4 to 5. Every plain prompt also comes with an emphasis, so
-    steered and plain requests meet in the prefix cache.
+    or every head, and an alpha from 1e-4 to 5 or a share. Every plain prompt also comes with an
+    emphasis, so steered and plain requests meet in the prefix cache.
 
     Args:
         size: The model's.
@@ -91,4 +92,6 @@ def _emphasis(rng: random.Random, size: Size, length: int) -> dict[str, Any]:
             for layer in sorted(layers)
         }
     alpha = rng.choice([1e-4, 1e-3, 0.01, 0.01, 0.1, 0.5, 2.0, 5.0])
+    if alpha in (0.1, 0.5):
+        return {"spans": spans, "heads": heads, "share": 1 - alpha}
     return {"spans": spans, "heads": heads, "alpha": alpha}

@@ -35,11 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads",
         help=f"head set: a file or a bundled name (default: {options.DEFAULT_HEADS})",
     )
-    parser.add_argument(
+    strength = parser.add_mutually_exclusive_group()
+    strength.add_argument(
         "--alpha",
         type=options.alpha,
         default=0.01,
         help="scale factor of the other tokens (%(default)s)",
+    )
+    strength.add_argument(
+        "--share",
+        type=options.share,
+        help="instead of --alpha: the least share that the emphasised part gets of a steered "
+        "head's attention to the prompt",
     )
     parser.add_argument(
         "--max-tokens",
@@ -75,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model or smollm2.NAME,
         "heads": heads,
         "num_heads": size,
-        "alpha": args.alpha,
+        **_strength(args),
         "counts": count(results),
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
     }
@@ -85,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(report, results, sys.stdout)
     return 0
+
+
+def _strength(args: argparse.Namespace) -> dict[str, float]:
+    return {"alpha": args.alpha} if args.share is None else {"share": args.share}
 
 
 def generate(
@@ -102,7 +113,7 @@ def generate(
         "max_model_len": 1024,
         "gpu_memory_utilization": 0.1,  # must be free at the start; the demo needs little
         "enforce_eager": not args.compile,
-        "additional_config": {"pasta": {"heads": heads, "alpha": args.alpha}},
+        "additional_config": {"pasta": {"heads": heads, **_strength(args)}},
     }
     with engine_session("demo") as stream:
         return _generate(cases, engine, args, stream)
@@ -184,9 +195,9 @@ def show(report: dict[str, Any], results: list[Result], stream: TextIO) -> None:
         answers = result.plain, result.emphasised
         console.print(terminal.side_by_side((plain, emphasised), answers, console.width))
         console.print()
+    strength = next(f"{key} {report[key]:g}" for key in ("share", "alpha") if key in report)
     console.print(
-        f"{report['model']}, {report['num_heads']} heads ({report['heads']}), "
-        f"alpha {report['alpha']:g}\n",
+        f"{report['model']}, {report['num_heads']} heads ({report['heads']}), {strength}\n",
         soft_wrap=True,
     )
     counts = [

@@ -26,9 +26,11 @@ from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, READING_KEY, Locator
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import (
     KEY,
+    LEAST_FACTOR,
     WIRE_KEY,
     Resolution,
     ResolvedEmphasis,
+    check_share,
     strongest,
 )
 from vllm_pasta.request.shape import ModelShape
@@ -285,13 +287,18 @@ class Admission:
             emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY), reading
         )
         heads = self._heads(emphasis.heads, needed=bool(located.marks))
-        alpha, alpha_from = self.config.alpha_of(heads, emphasis.alpha)
+        share, strength_from = self.config.share_of(emphasis)
+        if share is None:
+            alpha, strength_from = self.config.alpha_of(heads, emphasis.alpha)
+        else:
+            alpha = LEAST_FACTOR
+            check_share(share, strength_from, located.factors)
         spans, factors = strongest(located.marks, alpha)
-        resolved = ResolvedEmphasis(spans, alpha, heads, len(located.token_ids), factors)
+        resolved = ResolvedEmphasis(spans, alpha, heads, len(located.token_ids), factors, share)
         text = None if located.tokenized is None else located.tokenized.text
         index, _ = prompt.get(INDEX_KEY) or (0, 1)
         return Resolution(
-            resolved, located.token_ids, text, located.spans, located.factors, index, alpha_from
+            resolved, located.token_ids, text, located.spans, located.factors, index, strength_from
         )
 
     @staticmethod

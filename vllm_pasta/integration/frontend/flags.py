@@ -10,6 +10,9 @@ from vllm_pasta.integration.patching import Patch
 from vllm_pasta.request.head_sets import auto
 from vllm_pasta.request.heads import DEFAULT_ALPHA
 
+STRENGTHS = {"alpha", "share"}
+"""Keys of the section ``pasta`` of which one may be given."""
+
 MIDDLEWARE = "vllm_pasta.integration.frontend.middleware.EmphasisMiddleware"
 
 
@@ -26,7 +29,7 @@ def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--pasta-heads`` and ``--pasta-alpha``."""
+    """Adds ``--pasta-heads``, ``--pasta-alpha`` and ``--pasta-share``."""
     group = parser.add_argument_group("vllm-pasta", "Emphasis: steered attention, per request.")
     group.add_argument(
         "--pasta-heads",
@@ -42,6 +45,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"that give none (default: the head set's own, else {DEFAULT_ALPHA}). Switches emphasis "
         "on.",
     )
+    group.add_argument(
+        "--pasta-share",
+        type=float,
+        metavar="SHARE",
+        help="In place of --pasta-alpha: the share of a steered head's attention to the prompt "
+        "that marks get at least, above 0 and below 1. Switches emphasis on.",
+    )
 
 
 def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
@@ -53,11 +63,15 @@ def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
     flags = {
         "heads": getattr(args, "pasta_heads", None),
         "alpha": getattr(args, "pasta_alpha", None),
+        "share": getattr(args, "pasta_share", None),
     }
     given = {key: value for key, value in flags.items() if value is not None}
     if given or KEY in (getattr(args, "plugin", None) or ()):
         config = engine_args.additional_config
-        engine_args.additional_config = {**config, KEY: {**(config.get(KEY) or {}), **given}}
+        section = dict(config.get(KEY) or {})
+        if given.keys() & STRENGTHS:  # a flag's strength replaces the configuration's
+            section = {key: value for key, value in section.items() if key not in STRENGTHS}
+        engine_args.additional_config = {**config, KEY: {**section, **given}}
         # Further API servers start from these, in processes that load plugins only after this.
         args.additional_config = engine_args.additional_config
     _find_heads(args, engine_args)

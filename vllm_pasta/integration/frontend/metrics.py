@@ -43,7 +43,7 @@ def counters() -> Counters:
 
 
 _REASON = re.compile(
-    r"emphasis([._](alpha|chars|heads|keep_marks|markup|prompts|spans|text)(\.[a-z]+)?)?"
+    r"emphasis([._](alpha|chars|heads|keep_marks|markup|prompts|share|spans|text)(\.[a-z]+)?)?"
     r"|return_emphasis|markup"
 )
 

@@ -20,8 +20,9 @@ from starlette.datastructures import State
 from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend.admission import Admission
 from vllm_pasta.integration.frontend.middleware import refusal, rewrite
-from vllm_pasta.request.emphasis import RETURN_KEY
+from vllm_pasta.request.emphasis import RETURN_KEY, Emphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import LEAST_FACTOR
 
 
 class EmphasisRoutes:
@@ -89,10 +90,16 @@ def _dry_run(admission: Admission, params: Any, prompt: dict[str, Any]) -> dict[
     return {
         "prompt_tokens": emphasis.prompt_len,
         "emphasised": resolution.report(admission.locator.decode),
-        "alpha": emphasis.alpha,
-        "alpha_from": resolution.alpha_from,
+        **_strength(emphasis.alpha, emphasis.share, resolution.strength_from),
         "heads": emphasis.heads.to_json(),
     }
+
+
+def _strength(alpha: float, share: float | None, given_by: str) -> dict[str, Any]:
+    """Whichever of the two is in force, and who gives it."""
+    if share is not None:
+        return {"share": share, "share_from": given_by}
+    return {"alpha": alpha, "alpha_from": given_by}
 
 
 def _keys(body: bytes) -> Collection[str]:
@@ -104,12 +111,15 @@ def _keys(body: bytes) -> Collection[str]:
 
 
 def _describe(config: PastaConfig, heads: HeadSet) -> dict[str, Any]:
-    alpha, alpha_from = config.alpha_of(heads, None)
+    share, given_by = config.share_of(Emphasis())
+    if share is None:
+        alpha, given_by = config.alpha_of(heads, None)
+    else:
+        alpha = LEAST_FACTOR
     return {
         "name": heads.name,
         "count": len(heads),
-        "alpha": alpha,  # of requests that steer these heads and give none
-        "alpha_from": alpha_from,
+        **_strength(alpha, share, given_by),  # of requests that steer these heads and give none
         "heads": heads.to_json(),
         "provenance": dict(heads.provenance),
     }

@@ -20,7 +20,7 @@ def block_key(emphasis: ResolvedEmphasis, start: int, end: int) -> tuple[Any, ..
     """The key of the block that holds tokens ``[start, end)``, or None where it needs none.
 
     Returns:
-        ``(TAG, (digest, overlaps, prompt_end))``: digest of alpha and heads where there is an
+        ``(TAG, (digest, overlaps, prompt_end))``: digest of strength and heads where there is an
         overlap, else None; the overlaps relative to the block, each followed by its factor unless
         that is 1; the prompt's end relative to the block, if the block holds tokens at or past it,
         else None. In the shape of vLLM's own keys, a tag and a value. Hashable, and the same in

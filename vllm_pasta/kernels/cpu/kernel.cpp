@@ -13,8 +13,21 @@
 // the memory traffic of most values, which is what bounds decoding, and half of the arithmetic of a
 // prefill. Elsewhere the request is computed from all keys, as if all g were 1 and b were 0.
 //
+// With a share, a row's factor a is known only when its keys have been gone over. Then no key has a
+// bias, and a row adds up its weights in three sums: all, Z; the marked and the generated keys', K,
+// whose values are read; the marked keys', M. Of the others' sum R = Z - K, the factor
+//
+//     a = odds * M / R, bounded to [exp(merge base), 1],
+//
+// leaves odds = (1 - share) / share times as much as the marked keys have, and
+//
+//     steered = (a Z P + (1 - a) (sum of w v over K)) / (a Z + (1 - a) K).
+//
+// No weight is negative here either. A row that sees no marked key keeps the plain output.
+//
 // Where the caller wants the whole layer, there is no plain output: every head of every request is
-// computed from all keys, the steered ones with the bias and the others without.
+// computed from all keys, the steered ones with the bias and the others without. With a share, the
+// values are added up twice: all, which is Z P, and those of K.
 //
 // A sliding window bounds a row's keys from below. A sink is one more key of factor 1, without a
 // value.
@@ -42,6 +55,7 @@ struct Batch {  // plan.StepPlan
   const int32_t *query_start, *query_len, *seq_len, *block_table;
   const int32_t *first, *segment_offsets, *ends;
   const float *biases, *merge_weights, *merge_bases;
+  const float* odds;  // per request; 0: no share
 };
 
 struct Shape {  // of one layer's tensors; strides in elements
@@ -68,6 +82,7 @@ namespace {
 constexpr int MIN_AMX_ROWS = 9;  // with fewer, AMX's tiles of 16 rows are mostly empty
 constexpr long MAX_DEPTH = 128;  // products that are added up one by one: more would lose digits
 constexpr int MIN_SPLIT = 512;   // fewer keys are not worth a unit of their own
+constexpr float UNSEEN = 1e-30f; // of a row's largest weight: what hidden keys leave is below it
 
 enum Format { FLOAT_PLAIN, BFLOAT16_PLAIN, HALF_PLAIN, BFLOAT16_PAIRED };
 enum Status { OK, BAD_FORMAT, BAD_HEAD, BAD_BLOCK, BAD_ROW };
@@ -93,15 +108,17 @@ struct alignas(64) CacheLine {
 using Buffer = std::vector<CacheLine>;
 
 struct Scratch {  // one thread's
-  Buffer query, query16, logits, weights16, sums, bias, keep;  // 16: in bf16, for AMX
+  Buffer query, query16, logits, weights16, bias, keep, marks;  // 16: in bf16, for AMX
+  Buffer sums;  // of all values that are wanted; behind them, where it is twice, of those of K
   void resize(long head_size) {
     query.resize(MAX_ROWS * head_size / 16);
     query16.resize(MAX_ROWS * head_size / 32);
     logits.resize(MAX_ROWS * KEY_STRIDE / 16);
     weights16.resize(MAX_ROWS * KEY_STRIDE / 32);
-    sums.resize(MAX_ROWS * head_size / 16);
+    sums.resize(2 * MAX_ROWS * head_size / 16);
     bias.resize(MAX_KEYS / 16);
     keep.resize(MAX_KEYS / 16);
+    marks.resize(MAX_KEYS / 16);
   }
 };
 
@@ -112,7 +129,42 @@ T* as(Buffer& buffer) {
 
 // One unit's result for a row, where the keys are split.
 struct PartState {
-  float max, sum, kept;
+  float max, sum, kept, marked;
+};
+
+// Of a unit's rows, sums over the keys whose values are added up a second time.
+struct Kept {
+  float sum[MAX_ROWS], marked[MAX_ROWS];
+  float rescale[MAX_ROWS];  // what the sums of values are still to be multiplied by
+
+  void begin() {
+    std::fill(sum, sum + MAX_ROWS, 0.0f);
+    std::fill(marked, marked + MAX_ROWS, 0.0f);
+    std::fill(rescale, rescale + MAX_ROWS, 1.0f);
+  }
+
+  void rescale_by(const float* factors, long rows) {
+    for (long m = 0; m < rows; ++m) {
+      sum[m] *= factors[m];
+      marked[m] *= factors[m];
+      rescale[m] *= factors[m];
+    }
+  }
+
+  // Counts a tile's n weights in, and multiplies them by `keep`; `marks` may be null: none is.
+  void take(float* weights, const float* keep, const float* marks, long n, long rows) {
+    for (long m = 0; m < rows; ++m, weights += KEY_STRIDE) {
+      f32 all{}, of_marks{};
+      for (long j = 0; j < n; j += LANES) {
+        const f32 weight = load<f32>(weights + j) * load<f32>(keep + j);
+        if (marks) of_marks += weight * load<f32>(marks + j);
+        all += weight;
+        store(weights + j, weight);
+      }
+      sum[m] += reduce_sum(all);
+      marked[m] += reduce_sum(of_marks);
+    }
+  }
 };
 
 // Index of the segment that holds a request's key.
@@ -126,7 +178,9 @@ long segment_of(const Batch& batch, int r, long key) {
 bool is_plain(const Batch& batch, const Layer& layer, int r, long begin, long end) {
   const long first = segment_of(batch, r, begin), last = segment_of(batch, r, end - 1);
   for (long i = first; i < last; ++i)
-    if (batch.biases[i] != batch.biases[i + 1]) return false;
+    if (batch.biases[i] != batch.biases[i + 1] ||
+        batch.merge_weights[i] != batch.merge_weights[i + 1])
+      return false;
   return batch.biases[first] == 0.0f || !layer.sinks;
 }
 
@@ -214,7 +268,11 @@ struct Kernel {
   const Layer& layer;
 
   static constexpr long STATE = sizeof(PartState) / sizeof(float);
-  long partial_size() const { return MAX_ROWS * (shape.head_size + STATE); }
+  long partial_size() const { return MAX_ROWS * (2 * shape.head_size + STATE); }
+
+  bool has_share(int request) const { return batch.odds[request] > 0.0f; }
+
+  bool adds_twice(int request) const { return layer.whole && has_share(request); }
 
   bool reuses_plain(int request) const {
     return !layer.whole && batch.merge_bases[request] < 0.0f;
@@ -237,6 +295,21 @@ struct Kernel {
     std::fill(bias + n, bias + MAX_KEYS, 0.0f);
     std::fill(keep + n, keep + MAX_KEYS, 1.0f);
     return {first / 32 * 32, last};
+  }
+
+  // Which of keys [key, key + n) are marked, as 1 and 0. Returns whether any is.
+  bool fill_marks(int r, long key, long n, float* marks) const {
+    const long generated = batch.segment_offsets[r + 1] - 1;
+    bool any = false;
+    for (long i = segment_of(batch, r, key), from = 0; from < n; ++i) {
+      const long to = std::min<long>(batch.ends[i] - key, n);
+      const bool marked = batch.merge_weights[i] != 0.0f && i != generated;
+      std::fill(marks + from, marks + to, marked ? 1.0f : 0.0f);
+      any |= marked;
+      from = to;
+    }
+    std::fill(marks + n, marks + MAX_KEYS, 0.0f);
+    return any;
   }
 
   bool shapes_logits() const { return shape.soft_cap > 0.0f || layer.alibi_slopes; }
@@ -290,8 +363,9 @@ struct Kernel {
     float ones[MAX_ROWS];
     std::fill(ones, ones + MAX_ROWS, 1.0f);
     float *query = as<float>(scratch.query), *logits = as<float>(scratch.logits);
-    float *sums = as<float>(scratch.sums);
+    float *sums = as<float>(scratch.sums), *kept_sums = sums + MAX_ROWS * head_size;
     float *bias = as<float>(scratch.bias), *keep = as<float>(scratch.keep);
+    float* marks = as<float>(scratch.marks);
     T *query16 = as<T>(scratch.query16), *weights16 = as<T>(scratch.weights16);
     for (long m = 0; m < rows; ++m) {
       const T* source = static_cast<const T*>(layer.query) +
@@ -300,10 +374,16 @@ struct Kernel {
       for (long d = 0; d < head_size; d += LANES)
         store(query + m * head_size + d, Element::widen(source + d));
       if (Layout::AMX) std::memcpy(query16 + m * head_size, source, head_size * sizeof(T));
-      state[m] = {f32{}, f32{}, -1e30f};  // finite, so that a row that sees no key yet has no NaN
+      state[m] = {f32{}, f32{}, f32{}, -1e30f};  // finite, so that a row that sees no key yet has no NaN
       rescale[m] = 1.0f;
     }
     std::fill(sums, sums + rows * head_size, 0.0f);
+    const bool twice = adds_twice(r);
+    Kept kept;
+    if (twice) {
+      kept.begin();
+      std::fill(kept_sums, kept_sums + rows * head_size, 0.0f);
+    }
     const bool amx = Layout::AMX && rows >= MIN_AMX_ROWS && has_amx();
     std::optional<TileShapes> shapes;
     if (amx) shapes.emplace();
@@ -335,63 +415,90 @@ struct Kernel {
         hide_before_window(unit, first_position, key, n, logits);
 
       auto [first, last] = fill_bias(r, key, n, bias, keep);
+      const long kept_first = first, kept_last = last;
       if (!reuses_plain(r)) first = 0, last = n;
+      const bool marked = has_share(r) && first < last && fill_marks(r, key, n, marks);
       const auto weigh = !reuses_plain(r) ? softmax_rows<Keep::ALL>
+                         : marked         ? softmax_rows<Keep::MARKED>
                          : first < last   ? softmax_rows<Keep::SOME>
                                           : softmax_rows<Keep::NONE>;
-      weigh(logits, bias, keep, unit.steered, n, first_position + 1 - key, unit.num_heads, rows,
-            shapes_logits() ? 1.0f : shape.scale, state, rescale);
+      weigh(logits, bias, keep, marks, unit.steered, n, first_position + 1 - key, unit.num_heads,
+            rows, shapes_logits() ? 1.0f : shape.scale, state, rescale);
       if (first >= last) continue;
-      values += first / 2 * value_strides.pair;
-      if (amx)
-        add_values_amx(logits + first, weights16, values, value_strides, last - first, n - first,
-                       rescale, sums, head_size, rows);
-      else
-        multiply<Layout>({logits + first, KEY_STRIDE, value_strides, last - first, rescale, sums,
-                          head_size},
-                         rows, head_size / LANES, values);
+      const auto add_values = [&](long first, long last, const float* rescale, float* sums) {
+        const T* from = values + first / 2 * value_strides.pair;
+        if (amx)
+          add_values_amx(logits + first, weights16, from, value_strides, last - first, n - first,
+                         rescale, sums, head_size, rows);
+        else
+          multiply<Layout>({logits + first, KEY_STRIDE, value_strides, last - first, rescale, sums,
+                            head_size},
+                           rows, head_size / LANES, from);
+      };
+      add_values(first, last, rescale, sums);
+      if (twice) {
+        kept.rescale_by(rescale, rows);
+        if (kept_first < kept_last) {
+          kept.take(logits, keep, fill_marks(r, key, n, marks) ? marks : nullptr, n, rows);
+          add_values(kept_first, kept_last, kept.rescale, kept_sums);
+          std::fill(kept.rescale, kept.rescale + rows, 1.0f);
+        }
+      }
       std::fill(rescale, rescale + rows, 1.0f);
     }
 
+    const auto total = [&](long m) -> PartState {
+      const RowState& row = state[m];
+      if (twice) return {row.max, reduce_sum(row.sum), kept.sum[m], kept.marked[m]};
+      return {row.max, reduce_sum(row.sum), reduce_sum(row.kept), reduce_sum(row.marked)};
+    };
     for (long m = 0; m < rows; ++m)
-      for (long d = 0; d < head_size; ++d) sums[m * head_size + d] *= rescale[m];
+      for (long d = 0; d < head_size; ++d) {
+        sums[m * head_size + d] *= rescale[m];
+        if (twice) kept_sums[m * head_size + d] *= kept.rescale[m];
+      }
     if (unit.partial < 0) {
-      for (long m = 0; m < rows; ++m) write(unit, m, sums + m * head_size, total(state[m]));
+      for (long m = 0; m < rows; ++m)
+        write(unit, m, sums + m * head_size, kept_sums + m * head_size, total(m));
     } else {
       float* partial = partials + unit.partial * partial_size();
       std::copy(sums, sums + rows * head_size, partial);
+      if (twice)
+        std::copy(kept_sums, kept_sums + rows * head_size, partial + MAX_ROWS * head_size);
       for (long m = 0; m < rows; ++m)
-        store(partial + MAX_ROWS * head_size + STATE * m, total(state[m]));
+        store(partial + 2 * MAX_ROWS * head_size + STATE * m, total(m));
     }
-  }
-
-  static PartState total(const RowState& row) {
-    return {row.max, reduce_sum(row.sum), reduce_sum(row.kept)};
   }
 
   void merge(const Unit* parts, long count, Scratch& scratch, const float* partials) const {
     const long head_size = shape.head_size;
-    float* sums = as<float>(scratch.sums);
+    const bool twice = adds_twice(parts->request);
+    float *sums = as<float>(scratch.sums), *kept_sums = sums + head_size;
     for (long m = 0; m < parts->rows * parts->num_heads; ++m) {
       const auto state = [&](long i) {
         return load<PartState>(partials + parts[i].partial * partial_size() +
-                              MAX_ROWS * head_size + STATE * m);
+                              2 * MAX_ROWS * head_size + STATE * m);
       };
-      PartState all = {state(0).max, 0.0f, 0.0f};
+      PartState all = {state(0).max, 0.0f, 0.0f, 0.0f};
       for (long i = 1; i < count; ++i) all.max = std::max(all.max, state(i).max);
-      std::fill(sums, sums + head_size, 0.0f);
+      std::fill(sums, sums + 2 * head_size, 0.0f);
       for (long i = 0; i < count; ++i) {
         const float weight = std::exp(state(i).max - all.max);
         const float* partial = partials + parts[i].partial * partial_size() + m * head_size;
         all.sum += weight * state(i).sum;
         all.kept += weight * state(i).kept;
+        all.marked += weight * state(i).marked;
         for (long d = 0; d < head_size; ++d) sums[d] += weight * partial[d];
+        if (twice)
+          for (long d = 0; d < head_size; ++d)
+            kept_sums[d] += weight * partial[MAX_ROWS * head_size + d];
       }
-      write(*parts, m, sums, all);
+      write(*parts, m, sums, kept_sums, all);
     }
   }
 
-  void write(const Unit& unit, long m, const float* sums, PartState state) const {
+  void write(const Unit& unit, long m, const float* sums, const float* kept_sums,
+             PartState state) const {
     const int32_t head = unit.heads[m % unit.num_heads];
     T* target = static_cast<T*>(layer.output) +
                 (batch.query_start[unit.request] + unit.row + m / unit.num_heads) *
@@ -403,14 +510,27 @@ struct Kernel {
       const float sink = std::exp(layer.sinks[head] - max);
       rescale = std::exp(state.max - max);
       const float keep = batch.merge_weights[batch.segment_offsets[unit.request + 1] - 1];
-      state = {max, state.sum * rescale + sink, state.kept * rescale + keep * sink};
+      state = {max, state.sum * rescale + sink, state.kept * rescale + keep * sink,
+               state.marked * rescale};
     }
-    const float base = std::exp(batch.merge_bases[unit.request]);
-    const float plain_share = (state.sum - state.kept + base * state.kept) / state.sum;
+    float base = std::exp(batch.merge_bases[unit.request]);
+    float plain_share = (state.sum - state.kept + base * state.kept) / state.sum;
     const bool reuse = reuses_plain(unit.request);
-    const float factor = (reuse ? 1.0f - base : 1.0f) * rescale / state.sum;
+    float factor = (reuse ? 1.0f - base : 1.0f) * rescale / state.sum;
+    float kept_factor = 0.0f;
+    if (has_share(unit.request) && unit.steered >> m % unit.num_heads & 1) {
+      const float wanted = batch.odds[unit.request] * state.marked, rest = state.sum - state.kept;
+      const bool is_plain = wanted >= rest || state.marked < UNSEEN;
+      if (is_plain && reuse) return;  // the plain output is there
+      base = is_plain ? 1.0f : std::max(wanted / rest, base);
+      const float total = base * state.sum + (1.0f - base) * state.kept;
+      plain_share = base * state.sum / total;
+      (reuse ? factor : kept_factor) = (1.0f - base) * rescale / total;
+      if (!reuse) factor = base * rescale / total;
+    }
     for (long d = 0; d < shape.head_size; d += LANES) {
       f32 result = load<f32>(sums + d) * factor;
+      if (kept_factor != 0.0f) result += load<f32>(kept_sums + d) * kept_factor;
       if (reuse) result += Element::widen(target + d) * plain_share;
       Element::narrow(result, target + d);
     }

@@ -71,8 +71,8 @@ def steered_attention(
 
     Arguments are those of `vllm_pasta.kernels.reference.steered_attention`, with one more demand:
     unless ``whole``, the steered pairs of ``output`` must hold the plain attention, as they are
-    read where alpha is below 1 (see ``kernel.cpp``). ``query`` and ``output`` may be strided in all
-    dimensions but the last.
+    read where alpha is below 1 or there is a share (see ``kernel.cpp``). ``query`` and ``output``
+    may be strided in all dimensions but the last.
 
     Raises:
         ValueError: a tensor is not as expected, or the plan does not fit the tensors.
@@ -120,6 +120,7 @@ class _Batch(ctypes.Structure):
         *_fields(ctypes.c_int64, "num_requests max_blocks"),
         *_fields(ctypes.c_void_p, "query_start query_len seq_len block_table"),
         *_fields(ctypes.c_void_p, "first segment_offsets ends biases merge_weights merge_bases"),
+        *_fields(ctypes.c_void_p, "odds"),
     ]
 
 
@@ -154,7 +155,7 @@ def _batch(plan: StepPlan) -> _Batch:
         *(_address(name, getattr(static, name)) for name in ("first", "segment_offsets", "ends")),
         *(
             _address(name, getattr(static, name), torch.float32)
-            for name in ("biases", "merge_weights", "merge_bases")
+            for name in ("biases", "merge_weights", "merge_bases", "odds")
         ),
     )
 

@@ -424,18 +424,20 @@ inline void add_values_amx(const float*, void*, const void*, const Strides&, lon
 // ---- Softmax ----------------------------------------------------------------------------------
 
 struct RowState {
-  f32 sum, kept;  // of all weights, and of those whose values are added up; a sum for each lane
+  f32 sum, kept, marked;  // of all weights, of those whose values are added up, and of the marked
+                          // keys' where there is a share; a sum for each lane
   float max;
 };
 
-enum class Keep { NONE, SOME, ALL };  // of a tile's keys, those whose values are added up
+// Of a tile's keys, those whose values are added up; MARKED: some, and marked keys are among them.
+enum class Keep { NONE, SOME, ALL, MARKED };
 
 // Turns a row's products into weights exp(logit - max) of its `visible` first keys, times `keep`
 // where some are kept, with zeros on to the row's end. Returns the factor that brings what was summed
 // before to the new maximum.
 template <Keep KEEP>
 inline float softmax(float* row, long n, long visible, const float* bias, const float* keep,
-                     float scale, RowState& state) {
+                     const float* marks, float scale, RowState& state) {
   const i32 lane = lanes();
   const float infinity = std::numeric_limits<float>::infinity();
   visible = std::clamp<long>(visible, 0, n);
@@ -455,29 +457,31 @@ inline float softmax(float* row, long n, long visible, const float* bias, const 
   }
   const float new_max = reduce_max(top);
   const float rescale = new_max == state.max ? 1.0f : exp(splat(state.max - new_max))[0];
-  f32 sum = state.sum * rescale, kept = state.kept * rescale;
+  f32 sum = state.sum * rescale, kept = state.kept * rescale, marked = state.marked * rescale;
   for (long j = 0; j < end; j += LANES) {
     f32 weight = exp(load<f32>(row + j) - new_max);
     sum += weight;
     if (KEEP == Keep::NONE) continue;
-    if (KEEP == Keep::SOME) weight *= load<f32>(keep + j);
+    if (KEEP == Keep::MARKED) marked += weight * load<f32>(marks + j);
+    if (KEEP == Keep::SOME || KEEP == Keep::MARKED) weight *= load<f32>(keep + j);
     kept += weight;
     store(row + j, weight);
   }
   if (KEEP != Keep::NONE)
     for (long j = end; j < KEY_STRIDE; j += LANES) store(row + j, f32{});
-  state = {sum, kept, new_max};
+  state = {sum, kept, marked, new_max};
   return rescale;
 }
 
 template <Keep KEEP>
-inline void softmax_rows(float* rows, const float* bias, const float* keep, uint64_t steered,
-                         long n, long visible, long num_heads, long num_rows, float scale,
-                         RowState* state, float* rescale) {
+inline void softmax_rows(float* rows, const float* bias, const float* keep, const float* marks,
+                         uint64_t steered, long n, long visible, long num_heads, long num_rows,
+                         float scale, RowState* state, float* rescale) {
   static const float none[MAX_KEYS] = {};
   for (long m = 0; m < num_rows; ++m)
     rescale[m] *= softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads,
-                                steered >> m % num_heads & 1 ? bias : none, keep, scale, state[m]);
+                                steered >> m % num_heads & 1 ? bias : none, keep, marks, scale,
+                                state[m]);
 }
 
 }  // namespace

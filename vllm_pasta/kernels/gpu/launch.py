@@ -14,6 +14,10 @@ of two ways:
 
   so only U is read: the cost grows with the emphasised text, not with the context.
 
+With a share, alpha is each row's own, and follows from the sums of weights of the emphasised and of
+all keys. Both ways then end in the merge's formula: the direct one goes over all keys for their
+weights, and over the values of U alone.
+
 Where a step has few rows, programs share a row's keys, and the last to end puts their parts
 together (split-KV, as FlashDecoding's).
 
@@ -77,8 +81,10 @@ class Workspace:
             step. Then no keys are shared, and one kernel serves rows of all steps.
 
     Attributes:
-        sums: float32 ``[MAX_PART_ROWS * (padded head_size + 2)]``; for each row its weighted
-            values, and behind all of them for each row its largest logit and sum of weights.
+        sums: float32 ``[MAX_PART_ROWS * (padded head_size + 4)]``; for each row its weighted
+            values; behind all of them for each row its largest logit and sum of weights; and
+            behind these, where there is a share, the sums over the emphasised keys and over the
+            prompt's others.
         counters: int32 ``[MAX_PART_ROWS // MIN_BLOCK_M]``; parts that are done, 0 between launches.
         warm: Kinds of layers whose kernels are compiled; see `warm_up`.
     """
@@ -88,7 +94,7 @@ class Workspace:
     ) -> None:
         self.is_invariant = is_invariant
         self.warm: set[tuple[object, ...]] = set()
-        width = triton.next_power_of_2(head_size) + 2
+        width = triton.next_power_of_2(head_size) + 4
         self.sums = torch.empty(MAX_PART_ROWS * width, dtype=torch.float32, device=device)
         self.counters = torch.zeros(MAX_PART_ROWS // MIN_BLOCK_M, dtype=torch.int32, device=device)
 

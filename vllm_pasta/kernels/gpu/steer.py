@@ -44,6 +44,7 @@ _SEGMENTS, _SEGMENT = tl.constexpr(slots.SEGMENTS), tl.constexpr(slots.SEGMENT)
 _START, _END = tl.constexpr(slots.START), tl.constexpr(slots.END)
 _LOG_FACTOR, _GROUP = tl.constexpr(slots.LOG_FACTOR), tl.constexpr(slots.GROUP)
 _ADDS, _SUBTRACTS = tl.constexpr(slots.ADDS), tl.constexpr(slots.SUBTRACTS)
+_SHARES = tl.constexpr(slots.SHARES)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -174,12 +175,15 @@ def _attend(
     begin_key, end_key, stride_block, stride_kv_row,
     SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile's pairs to a part of the wanted keys.
 
     Returns:
-        For each pair its largest logit (base 2), sum of weights, and sum of weighted values.
+        For each pair its largest logit (base 2), sum of weights, and sum of weighted values; and
+        with ``SHARES``, where no key has a bias and those sums are over the emphasised and the
+        generated keys alone, the sums of weights of the emphasised keys, and of the prompt's
+        others as far as they are wanted.
     """
     HAS_SCALES: tl.constexpr = key_scale is not None
     dim = tl.arange(0, WIDTH)
@@ -206,6 +210,8 @@ def _attend(
     if sinks is not None and part == 0:
         largest = tl.load(sinks + head).to(tl.float32) * _LOG2E
         total += 1.0
+    marked = tl.zeros([BLOCK_M], tl.float32)
+    rest = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for group in range(0, num_groups):
         turn = (part + group) % parts  # others are first where the next group begins
@@ -223,11 +229,16 @@ def _attend(
             next_key = _key(v, s1, e0, s2, e1, s3, e2, prompt_len, e3, c0, c1, c2, c3, base)
             page = tl.load(table + next_key // BLOCK_SIZE, mask=v < stop, other=0)
 
-            bias = tl.where(key < prompt_len, log_alpha, 0.0)
-            bias = tl.where((key >= s0) & (key < e0), b0, bias)
-            bias = tl.where((key >= s1) & (key < e1), b1, bias)
-            bias = tl.where((key >= s2) & (key < e2), b2, bias)
-            bias = tl.where((key >= s3) & (key < e3), b3, bias)
+            if SHARES:
+                is_marked = ((key >= s0) & (key < e0)) | ((key >= s1) & (key < e1))
+                is_marked |= ((key >= s2) & (key < e2)) | ((key >= s3) & (key < e3))
+                is_kept = is_marked | (key >= prompt_len)
+            else:
+                bias = tl.where(key < prompt_len, log_alpha, 0.0)
+                bias = tl.where((key >= s0) & (key < e0), b0, bias)
+                bias = tl.where((key >= s1) & (key < e1), b1, bias)
+                bias = tl.where((key >= s2) & (key < e2), b2, bias)
+                bias = tl.where((key >= s3) & (key < e3), b3, bias)
             seen = (key[None, :] <= position[:, None]) & is_key[None, :]
             if WINDOW is not None:
                 seen &= key[None, :] > position[:, None] - WINDOW
@@ -235,11 +246,20 @@ def _attend(
                 q, keys, seen, position, key, slopes, k_scale,
                 SCALE, SOFT_CAP, HAS_ALIBI, HAS_SCALES,
             )  # fmt: skip
-            logits += bias[None, :]
+            if not SHARES:
+                logits += bias[None, :]
             new_largest = tl.maximum(largest, tl.max(logits, 1))
             relative = _finite(new_largest)
             weights = tl.exp2(logits - relative[:, None])
             rescale = tl.exp2(largest - relative)
+            if SHARES:
+                of_marked = tl.where(is_marked[None, :], weights, 0.0)
+                of_rest = tl.where(is_kept[None, :], 0.0, weights)
+                marked = marked * rescale + tl.sum(of_marked, 1)
+                rest = rest * rescale + tl.sum(of_rest, 1)
+                # As the product below has them: where one key has nearly all of a row's weight,
+                # what rounding does to it then cancels.
+                weights = tl.where(is_kept[None, :], weights, 0.0).to(q.dtype).to(tl.float32)
             total = total * rescale + tl.sum(weights, 1)
             if HAS_SCALES:
                 values = values.to(q.dtype)
@@ -261,7 +281,7 @@ def _attend(
             page = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0)
     if HAS_SCALES:
         acc *= tl.load(value_scale)
-    return largest, total, acc
+    return largest, total, acc, marked, rest
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -345,7 +365,8 @@ def steer(
         if WINDOW is not None:
             begin_key = tl.maximum(computed + first_row + 1 - WINDOW, 0)
         subtracts = (way == _SUBTRACTS) & (end_key <= ALONE) & HAS_LSE
-        merges = subtracts | ((way == _ADDS) & HAS_LSE)
+        shares = way == _SHARES
+        merges = subtracts | (((way == _ADDS) | shares) & HAS_LSE)
         parts, part = 1, 0
         if IS_DECODE:
             num_keys = end_key - begin_key
@@ -379,17 +400,29 @@ def steer(
             if HAS_ALIBI:
                 slopes = tl.load(alibi_slopes + head, mask=is_pair, other=0.0)
 
-            largest, total, acc = _attend(
-                q_at, is_loaded, cached, table, record, slot_groups, sinks, key_scale, value_scale,
-                head, position, slopes, merges, part, parts, num_groups, prompt_len, log_alpha,
-                begin_key, end_key, stride_block, stride_kv_row,
-                SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_ALIBI,
-            )  # fmt: skip
+            # Two loops, so that a request without a share goes through one that knows of none.
+            if shares:
+                largest, total, acc, marked, rest = _attend(
+                    q_at, is_loaded, cached, table, record, slot_groups, sinks, key_scale,
+                    value_scale, head, position, slopes, merges, part, parts, num_groups,
+                    prompt_len, log_alpha, begin_key, end_key, stride_block, stride_kv_row,
+                    SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_ALIBI,
+                    SHARES=True,
+                )  # fmt: skip
+            else:
+                largest, total, acc, marked, rest = _attend(
+                    q_at, is_loaded, cached, table, record, slot_groups, sinks, key_scale,
+                    value_scale, head, position, slopes, merges, part, parts, num_groups,
+                    prompt_len, log_alpha, begin_key, end_key, stride_block, stride_kv_row,
+                    SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_ALIBI,
+                    SHARES=False,
+                )  # fmt: skip
             is_done = parts == 1
             if parts > 1:
                 # Each leaves its part; who comes last puts all of them together. The atomic's own
                 # ordering, between the barriers, makes what the others left visible.
                 states = sums + PART_ROWS * WIDTH
+                shared = states + 2 * PART_ROWS
                 pair = tl.arange(0, BLOCK_M)
                 unit = block * NUM_KV_HEADS + kv_head
                 first_part = unit * tl.num_programs(2)
@@ -397,6 +430,8 @@ def steer(
                 tl.store(sums + own[:, None] * WIDTH + dim[None, :], acc)
                 tl.store(states + 2 * own, largest)
                 tl.store(states + 2 * own + 1, total)
+                tl.store(shared + 2 * own, marked, mask=is_pair & shares)
+                tl.store(shared + 2 * own + 1, rest, mask=is_pair & shares)
                 tl.debug_barrier()
                 is_done = tl.atomic_add(counters + unit, 1, sem="acq_rel") == parts - 1
                 tl.debug_barrier()
@@ -404,6 +439,8 @@ def steer(
                     tl.store(counters + unit, 0)
                     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
                     total = tl.zeros([BLOCK_M], tl.float32)
+                    marked = tl.zeros([BLOCK_M], tl.float32)
+                    rest = tl.zeros([BLOCK_M], tl.float32)
                     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
                     for other_part in range(parts):
                         other = (first_part + other_part) * BLOCK_M + pair
@@ -418,9 +455,44 @@ def steer(
                         weight = tl.exp2(other_largest - relative)
                         total = total * rescale + other_total * weight
                         acc = acc * rescale[:, None] + other_acc * weight[:, None]
+                        marked = marked * rescale + weight * tl.load(
+                            shared + 2 * other, mask=is_pair & shares, other=0.0,
+                            cache_modifier=".cg",
+                        )  # fmt: skip
+                        rest = rest * rescale + weight * tl.load(
+                            shared + 2 * other + 1, mask=is_pair & shares, other=0.0,
+                            cache_modifier=".cg",
+                        )  # fmt: skip
                         largest = new_largest
             if is_done:
-                if HAS_LSE and merges:
+                if shares:
+                    # In units of the larger of two weights: the largest of those that were gone
+                    # over, and the sum of all.
+                    if not (HAS_LSE and IS_DECODE):
+                        plain = tl.load(to, mask=is_loaded, other=0.0)
+                    if HAS_LSE:
+                        if not IS_DECODE:
+                            plain_lse = tl.load(at_lse, mask=is_pair, other=0.0)
+                        log_all = plain_lse * LSE_SCALE
+                    else:
+                        log_all = largest + tl.log2(total + rest)
+                    relative = _finite(tl.maximum(log_all, largest))
+                    of_all = tl.exp2(log_all - relative)
+                    of_kept = tl.exp2(largest - relative)
+                    total *= of_kept
+                    marked *= of_kept
+                    rest *= of_kept
+                    if HAS_LSE:
+                        rest = tl.maximum(of_all - total, 0.0)
+                    wanted = marked * _float(record + _LOG_REST)
+                    factor = wanted / tl.maximum(tl.maximum(rest, wanted), 1e-38)
+                    factor = tl.maximum(factor, tl.exp2(log_alpha))
+                    factor = tl.where(marked > 0, factor, 1.0)  # else no mark is seen
+                    acc = (factor * of_all)[:, None] * plain.to(tl.float32) + (
+                        (1 - factor) * of_kept
+                    )[:, None] * acc
+                    total = factor * of_all + (1 - factor) * total
+                elif HAS_LSE and merges:
                     if not IS_DECODE:
                         plain = tl.load(to, mask=is_loaded, other=0.0)
                         plain_lse = tl.load(at_lse, mask=is_pair, other=0.0)
@@ -440,13 +512,13 @@ def steer(
                     if subtracts:
                         is_lost = is_pair & (total * MAX_GAIN < of_plain)
                         if tl.max(is_lost.to(tl.int32), 0) > 0:
-                            largest, total, acc = _attend(
+                            largest, total, acc, marked, rest = _attend(
                                 q_at, is_loaded, cached, table, record, slot_groups, sinks,
                                 key_scale, value_scale, head, position, slopes,
                                 way < 0, 0, 1, num_groups, prompt_len, log_alpha,
                                 begin_key, end_key, stride_block, stride_kv_row,
                                 SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M,
-                                BLOCK_N, HAS_ALIBI,
+                                BLOCK_N, HAS_ALIBI, SHARES=False,
                             )  # fmt: skip
                 result = acc / total[:, None]
                 tl.store(to, result.to(output.dtype.element_ty), mask=is_loaded)
