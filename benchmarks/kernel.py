@@ -9,6 +9,10 @@ heads' KV heads and the values of emphasised tokens, each once) over its time; "
 at which torch sums as many consecutive bytes. With --layers 30 each run finds keys and values in
 memory, as in an engine; with 1, small cases find them in the caches.
 
+"share" is the time of the plugin's kernel where every request has a share in place of alpha, over
+that with alpha. With --whole both kernels compute whole layers, as in a decode step in which every
+request is steered.
+
     python benchmarks/kernel.py --json kernel.json
 """
 
@@ -27,11 +31,12 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch
 from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.resolution import ResolvedEmphasis
+from vllm_pasta.request.resolution import LEAST_FACTOR, ResolvedEmphasis
 from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 128  # SmolLM2-135M
 SCALE = HEAD_SIZE**-0.5
+SHARE = 0.3
 EMPHASISED = 1 / 16  # of the context
 STEERED = {1: (4,), 3: (1, 4, 7), 9: tuple(range(9))}  # 3: one of each KV head, the worst case
 CASES = {  # name -> (number of requests, query rows of each, context)
@@ -105,28 +110,34 @@ class Bench:
             s_aux=None,
         )
 
-    def plan(self, heads: Sequence[int], alpha: float) -> StepPlan:
+    def plan(self, heads: Sequence[int], alpha: float, share: float | None = None) -> StepPlan:
         """Steers all requests; the emphasis begins at token 16."""
         emphasis = ResolvedEmphasis(
             spans=((16, 16 + int(self.context * EMPHASISED)),),
             alpha=alpha,
             heads=HeadSet(((0, tuple(heads)),)),
             prompt_len=self.context,
+            share=share,
         )
         static = StaticPlan.pack([(r, emphasis) for r in range(len(self.seq_lens))])
         plan = StepPlan.build(static, self.starts, self.seq_lens, self.block_table)
         assert plan is not None
         return plan
 
-    def ours(self, plan: StepPlan, kernel: Callable[..., None] = launch.steered_attention) -> None:
+    def ours(
+        self,
+        plan: StepPlan,
+        kernel: Callable[..., None] = launch.steered_attention,
+        whole: bool = False,
+    ) -> None:
         heads, attention = plan.static.layers[0], LayerAttention(SCALE)
-        kernel(self.query, self.kv_cache, self.output, plan, heads, attention, self.layout)
+        kernel(self.query, self.kv_cache, self.output, plan, heads, attention, self.layout, whole)
 
     def check(self, heads: Sequence[int]) -> None:
         """Checks that the kernel equals the reference, and with alpha 1 vLLM's own kernel."""
         tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
-        for alpha in (0.01, 1.0):
-            plan = self.plan(heads, alpha)
+        for alpha, share in ((0.01, None), (LEAST_FACTOR, SHARE), (1.0, None)):
+            plan = self.plan(heads, alpha, share)
             self.vllm()
             expected = self.output.clone()
             if alpha != 1.0:
@@ -163,6 +174,7 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
     parser.add_argument("--layers", type=int, default=1, help="separate KV caches to cycle over")
+    parser.add_argument("--whole", action="store_true", help="whole layers, of decode steps")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
@@ -173,25 +185,27 @@ def main() -> None:
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {NUM_HEADS} query heads, "
           f"{NUM_KV_HEADS} KV heads, head size {HEAD_SIZE}; medians of runs in turns")  # fmt: skip
     print(f"{'case':<18} {'steered':>7} {'vLLM us':>9} {'ours us':>9} {'ours/vLLM':>9} "
-          f"{'GB/s':>6} {'memory':>6}")  # fmt: skip
+          f"{'share':>6} {'GB/s':>6} {'memory':>6}")  # fmt: skip
     results = []
     for name, numbers in CASES.items():
-        if args.case not in name:
+        if args.case not in name or (args.whole and not name.startswith("decode")):
             continue
         layers = [Bench(getattr(torch, args.dtype), *numbers) for _ in range(args.layers)]
         for count, heads in STEERED.items():
             layers[0].check(heads)
             plans = [bench.plan(heads, 0.01) for bench in layers]
+            shares = [bench.plan(heads, LEAST_FACTOR, SHARE) for bench in layers]
             size = layers[0].needed_bytes(heads)
             memory = [torch.ones(size // 4) for _ in layers]
             timed = alternate(
                 args.seconds,
                 args.layers,
                 lambda i, b=layers: b[i].vllm(),
-                lambda i, b=layers, p=plans: b[i].ours(p[i]),
+                lambda i, b=layers, p=plans: b[i].ours(p[i], whole=args.whole),
+                lambda i, b=layers, p=shares: b[i].ours(p[i], whole=args.whole),
                 lambda i, m=memory: m[i].sum(),
             )
-            vllm, ours, plain = timed
+            vllm, ours, share, plain = timed
             decode = name.startswith("decode")
             row = {
                 "case": name,
@@ -199,11 +213,14 @@ def main() -> None:
                 "vllm_us": round(vllm * 1e6, 1),
                 "ours_us": round(ours * 1e6, 1),
                 "ratio": round(ours / vllm, 3),
+                "share_ratio": round(share / ours, 3),
                 "gb_per_s": round(size / ours / 1e9, 1) if decode else "-",
                 "memory_gb_per_s": round(size / plain / 1e9, 1) if decode else "-",
             }
             results.append(row)
-            print("{:<18} {:>7} {:>9} {:>9} {:>9} {:>6} {:>6}".format(*row.values()), flush=True)
+            print(
+                "{:<18} {:>7} {:>9} {:>9} {:>9} {:>6} {:>6} {:>6}".format(*row.values()), flush=True
+            )
     if args.json:
         args.json.write_text(json.dumps({"dtype": args.dtype, "results": results}, indent=1))
 

@@ -10,6 +10,7 @@ import vllm_pasta
 from vllm_pasta import EmphasisError, HeadSetError, UnsupportedError
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.integration.config import PastaConfig
+from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.head_sets.library import bundled
 from vllm_pasta.request.resolution import WIRE_KEY
 from vllm_pasta.verify.oracle import Steering
@@ -336,6 +337,21 @@ def test_configured_names(tmp_path):
     assert config.heads == config.head_sets["mine"] == vllm_pasta.HeadSet.from_json({"1": [0]})
     assert config.alpha is None
     assert config.alpha_of(config.heads, None) == (0.01, "default")
+
+
+@pytest.mark.parametrize(
+    ("config", "emphasis", "share"),
+    [
+        ({"share": 0.3}, Emphasis(), (0.3, "server")),
+        ({"share": 0.3}, Emphasis(share=0.4), (0.4, "request")),
+        ({"share": 0.3}, Emphasis(alpha=0.1), (None, "request")),
+        ({"alpha": 0.3}, Emphasis(share=0.4), (0.4, "request")),
+        ({"alpha": 0.3}, Emphasis(), (None, "server")),
+    ],
+)
+def test_whose_share(config, emphasis, share):
+    """What the request says, share or alpha, goes before what the server says."""
+    assert PastaConfig.parse(config).share_of(emphasis) == share
 
 
 def test_extra_and_extra_args():

@@ -69,9 +69,9 @@ def test_another_requests_steering_does_not(model, requests):
 
 
 def test_steering_that_changes_nothing_proves_nothing(model, requests):
+    alpha = {"alpha": 0.9999, "share": None}
     weak = [
-        type(r)(r.prompt, r.max_tokens, r.emphasis and {**r.emphasis, "alpha": 0.9999})
-        for r in requests
+        type(r)(r.prompt, r.max_tokens, r.emphasis and {**r.emphasis, **alpha}) for r in requests
     ]
     (problem,) = Judge(model, "float32").compare(weak, answers(model, weak)).problems()
     assert "would hide" in problem
