@@ -349,6 +349,28 @@ def test_gradient_search(command, monkeypatch):
     assert "counterfact: rank correlation" in printed
 
 
+def test_gradients_of_several_tasks_together(command):
+    """Tasks that share passes, with prompts of other lengths beside them, keep their estimates."""
+    found = []
+    for tasks in ("counterfact,biasbios", "counterfact", "biasbios"):
+        command(
+            "profile", "--tasks", tasks, "--examples", "2", "--search", "gradient", "--select",
+            "union", "--top-k", "2", "--out", f"{len(found)}.json",
+        )  # fmt: skip
+        profiles = HeadSet.load(f"{len(found)}.json").provenance["profiles"]
+        found.append(
+            {
+                (task, head): estimate
+                for task, of in profiles.items()
+                for head, estimate in zip(of["ranking"], of["estimates"], strict=True)
+            }
+        )
+    together, *alone = found
+    assert len(together) == 32
+    assert together == pytest.approx(alone[0] | alone[1], abs=2e-4)
+    assert max(map(abs, together.values())) > 1e-2
+
+
 def test_eval(command):
     """All methods on the same examples; nothing is asked twice; every answer is kept."""
     arguments = (

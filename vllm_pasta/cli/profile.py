@@ -16,7 +16,7 @@ from vllm_pasta.profiling.engine import describe, engine_options, every_head
 from vllm_pasta.profiling.methods import head_set
 from vllm_pasta.profiling.report import markdown
 from vllm_pasta.profiling.search import sizes, strategies
-from vllm_pasta.profiling.search.ranking import Ranker, rankings
+from vllm_pasta.profiling.search.ranking import Ranker, estimate_together, rankings
 from vllm_pasta.profiling.search.selection import check_not_empty, select
 from vllm_pasta.profiling.store import Store
 from vllm_pasta.request.head_sets import auto
@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
                 ranker.score(mine)
             print(f"Shard {part}/{parts} is done: {path}")
             return 0
+        if args.search == "gradient":
+            estimate_together(list(rankers.values()), model)
         profiles = [ranker.profile(heads, args.search, model) for ranker in rankers.values()]
         held_out: sizes.HeldOut = {}
         if args.top_k == "auto":

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 from typing import Literal
 
@@ -13,7 +14,7 @@ from vllm_pasta.profiling.methods import PLAIN, Head, Method, head_name, steer
 from vllm_pasta.profiling.search import strategies
 from vllm_pasta.profiling.search.strategies import Pair, Ranked
 from vllm_pasta.profiling.store import Store, Trial
-from vllm_pasta.tasks import Sample, Task
+from vllm_pasta.tasks import Probe, Sample, Task
 
 Search = Literal["full", "halving", "gradient"]
 
@@ -69,7 +70,7 @@ class Ranker:
             PastaError: ``likelihood``, and the examples have no ideal answers.
         """
         self._asker, self._store = asker, store
-        self._task, self._train, self._alpha = task, train, alpha
+        self._task, self._train, self.alpha = task, train, alpha
         probes = [task.ranking_probes(example) for example in train.examples]
         self._targets = all(probe.target for of in probes for probe in of)
         if likelihood:
@@ -91,7 +92,7 @@ class Ranker:
             PastaError: a gradient search, and the examples have no ideal answers.
         """
         if kind == "gradient":
-            self._check_targets("the gradient search")
+            self._check_targets("the gradient search")  # before anything is asked
         examples = len(self._train.examples)
         plain = fmean(self._scores([(PLAIN, i) for i in range(examples)]))
         seconds = 0.0
@@ -116,7 +117,7 @@ class Ranker:
         """The objective where one head alone is steered, for each pair of a head and an example."""
         self._asked += len(pairs)
         heads = {head for head, _ in pairs}
-        methods = {head: steer(f"head:{head_name(head)}", [head], self._alpha) for head in heads}
+        methods = {head: steer(f"head:{head_name(head)}", [head], self.alpha) for head in heads}
         return self._scores([(methods[head], i) for head, i in pairs])
 
     def _scores(self, pairs: Sequence[tuple[Method, int]]) -> list[float]:
@@ -138,22 +139,61 @@ class Ranker:
 
     def _estimates(self, model: str) -> tuple[dict[Head, float], float]:
         """The gradients' estimates, and the seconds they took, in this run or an earlier one."""
-        note = f"gradient|{self._task.name}|{self._train.digest}|{self._alpha:g}"
-        if note not in self._store.notes:
-            from transformers import AutoTokenizer
-
-            from vllm_pasta.profiling.prompts import Prompter
-            from vllm_pasta.profiling.search.gradients import GradientModel
-
-            began = time.perf_counter()
-            prompter = Prompter(AutoTokenizer.from_pretrained(model))
-            probes = [probe for e in self._train.examples for probe in self._task.ranking_probes(e)]
-            say = f"Gradients of {self._task.name} on transformers: {len(probes)} passes"
-            print(say, file=sys.stderr)
-            prompts = [prompter.build(probe, PLAIN) for probe in probes]
-            found = GradientModel(model).estimate(prompts, self._alpha)
-            seconds = time.perf_counter() - began
-            estimates = [[*head, value] for head, value in found.items()]
-            self._store.note(note, {"seconds": seconds, "estimates": estimates})
-        kept = self._store.notes[note]
+        if self.note not in self._store.notes:
+            estimate_together([self], model)
+        kept = self._store.notes[self.note]
         return {(layer, head): value for layer, head, value in kept["estimates"]}, kept["seconds"]
+
+    @property
+    def note(self) -> str:
+        """The name under which the store keeps the gradients' estimates."""
+        return f"gradient|{self._task.name}|{self._train.digest}|{self.alpha:g}"
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the store has the gradients' estimates."""
+        return self.note in self._store.notes
+
+    def gradient_probes(self) -> list[Probe]:
+        """The probes whose gradients estimate what each head does.
+
+        Raises:
+            PastaError: the examples have no ideal answers.
+        """
+        self._check_targets("the gradient search")
+        return [probe for e in self._train.examples for probe in self._task.ranking_probes(e)]
+
+    def keep(self, each: Sequence[dict[Head, float]], seconds: float) -> None:
+        """Keeps the estimates of `gradient_probes`, and the seconds that they took."""
+        estimates = [[*head, fmean(of[head] for of in each)] for head in each[0]]
+        self._store.note(self.note, {"seconds": seconds, "estimates": estimates})
+
+
+def estimate_together(rankers: Sequence[Ranker], model: str) -> None:
+    """Estimates what each head does to several tasks by passes that the tasks share.
+
+    The model is loaded once. Tasks whose estimates are kept are left out.
+
+    Args:
+        rankers: One for each task, all with the same alpha.
+        model: The model's name or folder.
+
+    Raises:
+        PastaError: as `Ranker.profile`.
+    """
+    from transformers import AutoTokenizer
+
+    from vllm_pasta.profiling.prompts import Prompter
+    from vllm_pasta.profiling.search.gradients import GradientModel
+
+    probes = {ranker: ranker.gradient_probes() for ranker in rankers if not ranker.is_estimated}
+    if not probes:
+        return
+    prompter = Prompter(AutoTokenizer.from_pretrained(model))
+    prompts = [prompter.build(probe, PLAIN) for of in probes.values() for probe in of]
+    began = time.perf_counter()
+    print(f"Gradients on transformers: {len(prompts)} examples", file=sys.stderr)
+    each = iter(GradientModel(model).estimate_each(prompts, rankers[0].alpha))
+    seconds = time.perf_counter() - began
+    for ranker, of in probes.items():
+        ranker.keep(list(islice(each, len(of))), seconds * len(of) / len(prompts))
