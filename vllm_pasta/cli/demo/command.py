@@ -73,7 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the demo: progress on stderr, results on stdout."""
     if args.model and not args.heads:
-        raise PastaError("--model needs --heads: which heads work depends on the model")
+        raise PastaError(
+            "--model needs --heads: which heads work depends on the model. "
+            "`vllm-pasta profile MODEL --auto` finds some, and says in which file"
+        )
     heads = args.heads or options.DEFAULT_HEADS
     size = len(find(heads))
     cases = load_cases(args.cases)
