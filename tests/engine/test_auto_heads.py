@@ -100,6 +100,34 @@ def test_several_tasks_together():
     assert search.combined(estimates) == {(0, 0): 0.0, (0, 1): 0.75, (1, 0): 0.25}
 
 
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"names": ["another"]}, False),
+        ({"layers": 5}, False),
+        ({"hidden_size": 1}, False),
+    ],
+)
+def test_the_set_for_the_served_model_is_taken(engine, tiny, monkeypatch, change, taken):
+    """Where no heads are configured and the model is that very one; else there is no default."""
+    from vllm_pasta.integration.frontend.admission import Admission
+
+    llm = engine(tiny, skip_tokenizer_init=True, additional_config={"pasta": {}})
+    vllm_config = llm.llm_engine.vllm_config
+    made_for = {
+        "names": [tiny.name.upper()], "model_type": "llama", "layers": 4, "query_heads": 4,
+        "hidden_size": vllm_config.model_config.get_hidden_size(), **change,
+    }  # fmt: skip
+    given = {"heads": {"1": [2]}, "for": made_for, "chosen": True}
+    sets = {"mine": HeadSet.from_json(given, "mine"), "other": HeadSet.from_json({"30": [0]})}
+    monkeypatch.setattr("vllm_pasta.integration.config.bundled", lambda: sets)
+    started = Admission(vllm_config, lambda: None)
+    assert started.config.heads == (sets["mine"] if taken else None)
+    assert started.known == (["mine"] if taken or "names" in change else [])
+    assert not taken or tiny.name in started.config.origin
+
+
 HEADS = {"heads": {"1": [0, 2]}, "alpha": 0.2}
 
 
