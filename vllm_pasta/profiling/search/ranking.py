@@ -181,14 +181,14 @@ def estimate_together(rankers: Sequence[Ranker], model: str) -> None:
     Raises:
         PastaError: as `Ranker.profile`.
     """
+    probes = {ranker: ranker.gradient_probes() for ranker in rankers if not ranker.is_estimated}
+    if not probes:
+        return
     from transformers import AutoTokenizer
 
     from vllm_pasta.profiling.prompts import Prompter
     from vllm_pasta.profiling.search.gradients import GradientModel
 
-    probes = {ranker: ranker.gradient_probes() for ranker in rankers if not ranker.is_estimated}
-    if not probes:
-        return
     prompter = Prompter(AutoTokenizer.from_pretrained(model))
     prompts = [prompter.build(probe, PLAIN) for of in probes.values() for probe in of]
     began = time.perf_counter()
