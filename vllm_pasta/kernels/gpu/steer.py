@@ -485,7 +485,7 @@ def steer(
                     if HAS_LSE:
                         rest = tl.maximum(of_all - total, 0.0)
                     wanted = marked * _float(record + _LOG_REST)
-                    factor = wanted / tl.maximum(tl.maximum(rest, wanted), 1e-38)
+                    factor = wanted / tl.maximum(tl.maximum(rest, wanted), 1e-30)
                     factor = tl.maximum(factor, tl.exp2(log_alpha))
                     factor = tl.where(marked > 0, factor, 1.0)  # else no mark is seen
                     acc = (factor * of_all)[:, None] * plain.to(tl.float32) + (
