@@ -3,12 +3,12 @@
 For a steered query head, the logits of the prompt's tokens get the log of their factor added before
 the softmax (``log(alpha)`` outside the emphasised spans, nothing within those of full strength),
 which scales their attention by that factor and renormalises (PASTA, equation 2). Generated tokens
-are never scaled. With a share, the factor outside the spans is each row's own (`rest_factor`).
+are never scaled. With a share, the factor outside the spans is each row's own (`Share`).
 """
 
 import torch
 
-from vllm_pasta.steering.bias import key_bias, rest_factor
+from vllm_pasta.steering.bias import key_bias
 from vllm_pasta.steering.plan import LayerAttention, LayerHeads, StepPlan
 
 
@@ -53,8 +53,7 @@ def steered_attention(
             continue
 
         cut = slice(segment_bounds[r], segment_bounds[r + 1])
-        ends = static.ends[cut].tolist()
-        bias = key_bias(ends, static.biases[cut].tolist(), seq_len)
+        bias = key_bias(static.ends[cut].tolist(), static.biases[cut].tolist(), seq_len)
         begin = int(plan.query_start[r])
         rows = slice(begin + skip, begin + query_len)
         position = torch.arange(computed + skip, seq_len)[:, None]
@@ -71,15 +70,8 @@ def steered_attention(
             logits += attention.alibi_slopes[heads, None, None] * (key - position)
         logits += torch.where(steered[heads, None, None], bias[start:], 0.0)
         logits.masked_fill_((key > position) | (key <= position - window), float("-inf"))
-        if odds := float(static.odds[r]):
-            # What is kept: marked and generated keys, the latter from the last segment's start on.
-            kept = key_bias(ends, static.merge_weights[cut].tolist(), seq_len)[start:] > 0
-            marked, rest = (
-                logits.masked_fill(~keys, float("-inf")).logsumexp(-1, keepdim=True)
-                for keys in (kept & (key < ends[-2]), ~kept)
-            )
-            factor = rest_factor(marked, rest, odds, float(static.merge_bases[r].exp()))
-            logits += torch.where(steered[heads, None, None] & ~kept, factor, 0.0)
+        if (share := static.share_of(r, start, seq_len)) is not None:
+            logits += torch.where(steered[heads, None, None], share.bias(logits), 0.0)
         if attention.sinks is not None:
             sink = attention.sinks[heads, None, None].float().expand(-1, len(position), 1)
             logits = torch.cat([logits, sink], dim=-1)

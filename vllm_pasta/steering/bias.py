@@ -3,12 +3,13 @@
 A prompt is cut into *segments*, ranges of keys with one factor each. A key's bias is the log of its
 factor; generated keys have factor 1, and so no bias.
 
-With a share, a row's factor is known once its logits are (`rest_factor`), so no key has a
-bias of its own.
+With a share, a row's factor is known once its logits are (`Share`), so no key has a bias of
+its own.
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -71,25 +72,42 @@ def key_bias(ends: Iterable[int], biases: Iterable[float], length: int) -> torch
     return bias
 
 
-def rest_factor(
-    marked: torch.Tensor, rest: torch.Tensor, odds: float, least: float
-) -> torch.Tensor:
-    """The factor of a prompt's other tokens that gives the marked ones their share.
+@dataclass(frozen=True)
+class Share:
+    """What the factor of each row of a request with a share follows from.
 
-    With M the marked tokens' sum of weights exp(logit) and R the others', their share is
-    ``M / (M + f R)``, and it is s where ``f R = (1 - s) / s M``.
+    With M the marked keys' sum of weights exp(logit) and R that of the prompt's others, the marked
+    keys' share is ``M / (M + f R)``, and it is s where ``f R = (1 - s) / s M``.
 
-    Args:
-        marked: Log of M, any shape; minus infinity where a row sees no marked token.
-        rest: Log of R.
+    Attributes:
+        marked: bool ``[keys]``; the keys that are to get the share.
+        rest: bool ``[keys]``; the prompt's others, which are scaled.
         odds: ``(1 - s) / s``.
-        least: Least factor.
-
-    Returns:
-        Log of f, in ``[log(least), 0]``; 0 where a row sees no marked token, or no other.
+        log_least: Log of the least factor.
     """
-    factor = (marked - rest + math.log(odds)).clamp(math.log(least), 0.0)
-    return torch.where(marked.isneginf() | rest.isneginf(), 0.0, factor)
+
+    marked: torch.Tensor
+    rest: torch.Tensor
+    odds: float
+    log_least: float
+
+    def bias(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is to be added to logits.
+
+        Args:
+            logits: ``[..., keys]``; minus infinity where a row does not see a key.
+
+        Returns:
+            The log of each row's factor on the keys of ``rest``, 0 elsewhere; 0 everywhere in a
+            row that sees no marked key, or that has the share.
+        """
+        marked, rest = (
+            logits.masked_fill(~keys, -math.inf).logsumexp(-1, keepdim=True)
+            for keys in (self.marked, self.rest)
+        )
+        factor = (marked - rest + math.log(self.odds)).clamp(self.log_least, 0.0)
+        unseen = marked.isneginf() | rest.isneginf()
+        return torch.where(self.rest & ~unseen, factor, 0.0)
 
 
 def merge_base(alpha: float, factors: Sequence[float]) -> float | None:

@@ -135,6 +135,17 @@ class StaticPlan:
             layers={layer: LayerHeads.pack(heads) for layer, heads in layers.items()},
         )
 
+    def share_of(self, r: int, begin: int, end: int) -> bias.Share | None:
+        """What request r's factors follow from, for its keys ``[begin, end)``; None where it has no
+        share."""
+        if not (odds := float(self.odds[r])):
+            return None
+        cut = slice(*self.segment_offsets[r : r + 2].tolist())
+        ends = self.ends[cut].tolist()
+        rest = bias.key_bias(ends, self.merge_weights[cut].tolist(), end)[begin:] == 0
+        prompt = torch.arange(begin, end) < ends[-2]  # the last segment is what is generated
+        return bias.Share(~rest & prompt, rest, odds, float(self.merge_bases[r]))
+
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
