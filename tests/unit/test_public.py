@@ -71,7 +71,7 @@ RUN = "model --tasks --examples --seed --data --engine --eager --stop-after --al
     ("command", "arguments"),
     [
         ("demo", "--model --heads --alpha --share --max-tokens --cases --compile --json"),
-        ("explain", "--model --prompt --messages --emphasis --tag --json"),
+        ("explain", "--model --prompt --messages --emphasis --tag --json --html"),
         (
             "eval",
             f"{RUN} --share --methods --head-counts --split --generations --plots --markdown "
@@ -131,9 +131,14 @@ def test_routes_and_header():
     from vllm_pasta.integration.frontend.routes import EmphasisRoutes
 
     app = FastAPI()
+    app.state.args = argparse.Namespace(pasta_playground=True)
     EmphasisRoutes().attach_router(app)
     served = {(method, route.path) for route in app.routes for method in route.methods}
-    assert served >= {("GET", "/v1/emphasis/head_sets"), ("POST", "/v1/emphasis/resolve")}
+    assert served >= {
+        ("GET", "/v1/emphasis/head_sets"),
+        ("POST", "/v1/emphasis/resolve"),
+        ("GET", "/playground"),
+    }
     assert HEADER in ("x-emphasis", b"x-emphasis")
 
 

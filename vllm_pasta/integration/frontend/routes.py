@@ -1,11 +1,14 @@
-"""HTTP routes of the group ``vllm.endpoint_plugins``: what is known, and a dry run.
+"""HTTP routes: what is known, a dry run, and the playground's page.
 
-vLLM loads them only where ``VLLM_PLUGINS`` names ``pasta``.
+vLLM loads them as the endpoint plugin ``pasta`` where ``VLLM_PLUGINS`` names that. ``vllm serve
+--pasta-playground`` brings them too.
 
 - ``GET /v1/emphasis/head_sets``: the head sets that fit this model, by name, with provenance; its
   sizes.
 - ``POST /v1/emphasis/resolve``: a body as for completions or chat completions; answers what would
-  be emphasised, without generating.
+  be emphasised, without generating. With ``?tokens=true`` also the text of each of the prompt's
+  tokens.
+- ``GET /playground``, with ``--pasta-playground`` alone.
 """
 
 import json
@@ -16,8 +19,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_pasta.integration.config import PastaConfig
+from vllm_pasta.integration.frontend import playground
 from vllm_pasta.integration.frontend.admission import Admission
 from vllm_pasta.integration.frontend.middleware import refusal, rewrite
 from vllm_pasta.request.emphasis import RETURN_KEY, Emphasis
@@ -34,9 +39,32 @@ class EmphasisRoutes:
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route("/v1/emphasis/head_sets", head_sets, methods=["GET"])
         app.add_api_route("/v1/emphasis/resolve", resolve, methods=["POST"])
+        if getattr(getattr(app.state, "args", None), "pasta_playground", False):
+            playground.attach(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.pasta_admission = engine_client.input_processor.pasta_admission
+
+
+class AttachRoutes:
+    """A middleware that attaches `EmphasisRoutes` at the server's start, unless vLLM did, and has
+    no part in any request.
+
+    vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them; and to set that for the sake
+    of ``--pasta-playground`` would unload every other plugin.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            app: FastAPI = scope["app"]
+            if not hasattr(app.state, "pasta_admission"):
+                routes = EmphasisRoutes()
+                routes.attach_router(app)
+                await routes.init_state(app.state.engine_client, app.state, app.state.args)
+        await self.app(scope, receive, send)
 
 
 async def head_sets(request: Request) -> dict[str, Any]:
@@ -76,18 +104,27 @@ async def resolve(request: Request) -> JSONResponse:
             params = completion.to_sampling_params(1, {})
         if not isinstance(prompts, list):  # vLLM's ErrorResponse
             return JSONResponse(prompts.model_dump(), status_code=prompts.error.code)
-        return JSONResponse({"prompts": [_dry_run(admission, params, p) for p in prompts]})
+        tokens = request.query_params.get("tokens") in ("1", "true")
+        return JSONResponse({"prompts": [_dry_run(admission, params, p, tokens) for p in prompts]})
     except (ValueError, VLLMClientError) as e:
         return refusal(e)
 
 
-def _dry_run(admission: Admission, params: Any, prompt: dict[str, Any]) -> dict[str, Any]:
+def _dry_run(
+    admission: Admission, params: Any, prompt: dict[str, Any], tokens: bool
+) -> dict[str, Any]:
     extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != RETURN_KEY}
     resolution = admission.resolve(params, extra_args, prompt)
     if resolution is None:
-        return {"prompt_tokens": len(prompt["prompt_token_ids"]), "emphasised": []}
+        ids, text = prompt["prompt_token_ids"], prompt.get("prompt")
+    else:
+        ids, text = resolution.token_ids, resolution.text or prompt.get("prompt")
+    pieces = {"tokens": admission.locator.pieces(ids, text)} if tokens else {}
+    if resolution is None:
+        return {"prompt_tokens": len(ids), "emphasised": [], **pieces}
     emphasis = resolution.emphasis
     return {
+        **pieces,
         "prompt_tokens": emphasis.prompt_len,
         "emphasised": resolution.report(admission.locator.decode),
         **_strength(emphasis.alpha, emphasis.share, resolution.strength_from),
