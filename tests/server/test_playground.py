@@ -13,11 +13,17 @@ import shutil
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from servers import SERVE, VLLM, http, running
+from transformers import AttentionInterface
+
+from vllm_pasta.verify import oracle
+from vllm_pasta.verify.oracle import Steering
 
 KEY = "not-to-be-kept"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -66,7 +72,7 @@ def visit(browser, server):
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(120_000)  # a machine with other work beside it is slow
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else 0)
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
@@ -309,7 +315,7 @@ def test_refused_in_place(visit):
     """A mark that the server refuses, no heads, and a prompt that is too long."""
     page = visit(raw("Name\x1f a colour.", "\x1f", "colour"))
     page.wait_for_selector(".marks li.wrong .error")
-    assert "white space" in page.inner_text(".marks li.wrong .error")
+    assert "expected text with words" in page.inner_text(".marks li.wrong .error")
     assert page.locator(".marks li.wrong").count() == 1
     page.click(".marks li.wrong button")
     page.wait_for_selector("mark.token")
@@ -393,6 +399,85 @@ def test_take_it_with_you(visit, server):
     assert KEY not in "".join(codes.values())
 
 
+def test_attention(server, smollm2, smollm2_oracle):
+    """Mass on the marks of every steered head, and one head's weights, as the oracle has them."""
+    heads = {20: [0, 4], 23: [3, 4, 7]}
+    body = {"model": "m", "prompt": PROMPT, "emphasis": {"text": [FACT], "heads": heads}}
+    url = f"{server}/v1/emphasis"
+    resolved = http.post(f"{url}/resolve", json=body, headers=AUTH).json()["prompts"][0]
+    (start, end) = resolved["emphasised"][0]["tokens"]
+    ids = smollm2_ids(smollm2, PROMPT)
+    plain = last_row(smollm2_oracle, ids, None)
+    marked = last_row(smollm2_oracle, ids, Steering([(start, end)], heads, 0.01, len(ids)))
+    seen = http.post(f"{url}/attention?layer=23&head=4", json=body, headers=AUTH).json()
+    assert {(of["layer"], of["head"]) for of in seen["heads"]} == {
+        (layer, head) for layer, of in heads.items() for head in of
+    }
+    for of in seen["heads"]:
+        for kind, weights in (("plain", plain), ("emphasised", marked)):
+            row = weights[of["layer"]][of["head"]]
+            assert of[kind] == pytest.approx(float(row[start:end].sum()), abs=2e-4), (of, kind)
+    for kind, weights in (("plain", plain), ("emphasised", marked)):
+        assert seen["map"][kind] == pytest.approx(weights[23][4].tolist(), abs=2e-4)
+    assert max(of["emphasised"] for of in seen["heads"]) > 0.5
+    most = http.post(f"{url}/attention", json=body, headers=AUTH).json()
+    best = max(seen["heads"], key=lambda of: of["emphasised"] - of["plain"])
+    assert (most["layer"], most["head"]) == (best["layer"], best["head"])
+    for wrong in ("layer=99&head=0", "layer=x&head=0"):
+        assert http.post(f"{url}/attention?{wrong}", json=body, headers=AUTH).status_code == 400
+    del body["emphasis"]
+    assert http.post(f"{url}/attention", json=body, headers=AUTH).status_code == 400
+    assert http.post(f"{url}/attention", json=body).status_code == 401
+    body |= {"emphasis": FACT, "prompt": PROMPT + " word" * 700}
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(
+            pool.map(
+                lambda _: http.post(f"{url}/attention", json=body, headers=AUTH).status_code,
+                range(4),
+            )
+        )
+    assert set(codes) == {200, 429}  # one at a time
+
+
+def smollm2_ids(path, text):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)(text).input_ids
+
+
+def last_row(of, ids, steering):
+    """What the prompt's last token attends to on the oracle: by layer, ``[heads, tokens]``."""
+    seen = {}
+
+    def attention(module, query, key, value, mask, scaling, **options):
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = query[:, :, -1:] @ keys.transpose(2, 3) * scaling
+        oracle._add_bias(logits, module.layer_idx, torch.tensor([key.shape[2] - 1]))
+        seen[module.layer_idx] = logits.softmax(-1)[0, :, 0]
+        return oracle._attention(module, query, key, value, mask, scaling, **options)
+
+    AttentionInterface.register("last_row", attention)
+    of.model.set_attn_implementation("last_row")
+    try:
+        of.prompt_logprobs(ids, steering)
+    finally:
+        of.model.set_attn_implementation("pasta_oracle")
+    return seen
+
+
+def test_look_inside(visit):
+    page = visit(raw(PROMPT, FACT))
+    page.click("#look")
+    page.wait_for_selector("#inside:visible")
+    plain, marked = map(float, re.findall(r"([\d.]+) %", page.inner_text("#inside-said")))
+    assert plain < marked
+    assert page.locator("#map-emphasised .heat").count() == page.locator(".token").count()
+    page.locator("#inside-heads button").nth(3).click()
+    page.wait_for_selector("#inside-heads li:nth-child(4) [aria-pressed=true]")
+    page.fill("textarea", "Another prompt")
+    page.wait_for_selector("#inside", state="hidden")
+
+
 def test_phone(visit):
     """Nothing is wider than the screen, and Run is in reach."""
     page = visit(raw(PROMPT, FACT), has_touch=True)
@@ -414,6 +499,8 @@ def test_accessible(scheme, visit):
     page = visit(raw(PROMPT, FACT, heads="smollm2-135m-counterfact"), color_scheme=scheme)
     run(page)
     page.click("#grid-box summary")
+    page.click("#look")
+    page.wait_for_selector("#inside:visible")
     found = Axe().run(page)
     page.click("#copy")
     dialog = Axe().run(page)
@@ -423,9 +510,11 @@ def test_accessible(scheme, visit):
 
 def test_picture(visit, tmp_path):
     """The picture of the README: the page as it opens, after Run. SCREENSHOT=1 writes it anew."""
-    page = visit(None, device_scale_factor=1)
+    page = visit()
     run(page)
     assert answer(page, "plain") != answer(page, "emphasised")
+    page.click("#look")
+    page.wait_for_selector("#inside:visible")
     page.evaluate("document.activeElement.blur()")
     path = SCREENSHOT if os.environ.get("SCREENSHOT") else tmp_path / "playground.png"
     page.screenshot(path=path)

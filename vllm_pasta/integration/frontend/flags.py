@@ -12,6 +12,8 @@ from vllm_pasta.request.heads import DEFAULT_ALPHA
 
 STRENGTHS = {"alpha", "share"}
 """Keys of the section ``pasta`` of which one may be given."""
+# What workers need for the playground's look inside; named, since front ends do not import it.
+WATCHER = "vllm_pasta.integration.worker.watch.AttentionWatcher"
 
 MIDDLEWARE = "vllm_pasta.integration.frontend.middleware.EmphasisMiddleware"
 ROUTES = "vllm_pasta.integration.frontend.routes.AttachRoutes"
@@ -76,6 +78,8 @@ def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
         "share": getattr(args, "pasta_share", None),
     }
     given = {key: value for key, value in flags.items() if value is not None}
+    if playground and not engine_args.worker_extension_cls:
+        engine_args.worker_extension_cls = args.worker_extension_cls = WATCHER
     if given or playground or KEY in (getattr(args, "plugin", None) or ()):
         config = engine_args.additional_config
         section = dict(config.get(KEY) or {})

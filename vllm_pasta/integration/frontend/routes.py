@@ -8,12 +8,15 @@ vLLM loads them as the endpoint plugin ``pasta`` where ``VLLM_PLUGINS`` names th
 - ``POST /v1/emphasis/resolve``: a body as for completions or chat completions; answers what would
   be emphasised, without generating. With ``?tokens=true`` also the text of each of the prompt's
   tokens.
-- ``GET /playground``, with ``--pasta-playground`` alone.
+- ``GET /playground`` and ``POST /v1/emphasis/attention``, with ``--pasta-playground`` alone: a
+  page, and where a prompt's attention goes.
 """
 
 import json
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,10 +24,12 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.config import PastaConfig
 from vllm_pasta.integration.frontend import playground
 from vllm_pasta.integration.frontend.admission import Admission
 from vllm_pasta.integration.frontend.middleware import refusal, rewrite
+from vllm_pasta.integration.frontend.playground.attention import look
 from vllm_pasta.request.emphasis import RETURN_KEY, Emphasis
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.resolution import LEAST_FACTOR
@@ -40,10 +45,12 @@ class EmphasisRoutes:
         app.add_api_route("/v1/emphasis/head_sets", head_sets, methods=["GET"])
         app.add_api_route("/v1/emphasis/resolve", resolve, methods=["POST"])
         if getattr(getattr(app.state, "args", None), "pasta_playground", False):
+            app.add_api_route("/v1/emphasis/attention", attention, methods=["POST"])
             playground.attach(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.pasta_admission = engine_client.input_processor.pasta_admission
+        state.pasta_is_looking = False
 
 
 class AttachRoutes:
@@ -85,27 +92,68 @@ async def head_sets(request: Request) -> dict[str, Any]:
 
 async def resolve(request: Request) -> JSONResponse:
     """Renders the body's prompt or messages as vLLM would, and resolves its emphasis."""
+    admission: Admission = request.app.state.pasta_admission
+    tokens = request.query_params.get("tokens") in ("1", "true")
+
+    async def dry_run(_: Any, params: Any, prompts: list[Any]) -> dict[str, Any]:
+        return {"prompts": [_dry_run(admission, params, p, tokens) for p in prompts]}
+
+    return await _answer(request, dry_run)
+
+
+async def attention(request: Request) -> JSONResponse:
+    """Tells where the attention of the body's prompt goes, plain and emphasised."""
+    state = request.app.state
+    if state.pasta_is_looking:
+        error = EmphasisError("another prompt is being looked into: try again when it is done")
+        return refusal(error, HTTPStatus.TOO_MANY_REQUESTS)
+    state.pasta_is_looking = True
+    try:
+        return await _answer(request, partial(_look, request))
+    finally:
+        state.pasta_is_looking = False
+
+
+async def _look(request: Request, asked: Any, params: Any, prompts: list[Any]) -> dict[str, Any]:
+    state, at = request.app.state, request.query_params
+    if asked.model and not state.openai_serving_models.is_base_model(asked.model):
+        raise EmphasisError(f"expected the base model to look into, got {asked.model!r:.80}")
+    if len(prompts) != 1:
+        raise EmphasisError(f"expected one prompt to look into, got {len(prompts)}")
+    if not all(at.get(name, "0").isdecimal() for name in ("layer", "head")):
+        raise EmphasisError("expected numbers as ?layer= and &head=")
+    head = (int(at["layer"]), int(at["head"])) if {"layer", "head"} <= at.keys() else None
+    resolution = state.pasta_admission.resolve(params, _asked_for(params), prompts[0])
+    return await look(state.engine_client, resolution, head)
+
+
+async def _answer(
+    request: Request, answer: Callable[[Any, Any, list[Any]], Awaitable[dict[str, Any]]]
+) -> JSONResponse:
+    """Renders the prompts of a body as for a completion or a chat completion, as vLLM would.
+
+    Args:
+        request: With that body.
+        answer: Makes the answer of the body, its sampling params and its rendered prompts.
+    """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.exceptions import VLLMClientError
 
     state = request.app.state
-    admission: Admission = state.pasta_admission
     try:
         body, _ = rewrite(await request.body())
+        asked: Any
         if "messages" in _keys(body):
-            chat = ChatCompletionRequest.model_validate_json(body)
-            rendered = await state.openai_serving_chat.render_chat_request(chat)
+            asked = ChatCompletionRequest.model_validate_json(body)
+            rendered = await state.openai_serving_chat.render_chat_request(asked)
             prompts = rendered[1] if isinstance(rendered, tuple) else rendered
-            params = chat.to_sampling_params(1, {})
         else:
-            completion = CompletionRequest.model_validate_json(body)
-            prompts = await state.openai_serving_completion.render_completion_request(completion)
-            params = completion.to_sampling_params(1, {})
+            asked = CompletionRequest.model_validate_json(body)
+            prompts = await state.openai_serving_completion.render_completion_request(asked)
         if not isinstance(prompts, list):  # vLLM's ErrorResponse
             return JSONResponse(prompts.model_dump(), status_code=prompts.error.code)
-        tokens = request.query_params.get("tokens") in ("1", "true")
-        return JSONResponse({"prompts": [_dry_run(admission, params, p, tokens) for p in prompts]})
+        return JSONResponse(await answer(asked, asked.to_sampling_params(1, {}), prompts))
     except (ValueError, VLLMClientError) as e:
         return refusal(e)
 
@@ -113,8 +161,7 @@ async def resolve(request: Request) -> JSONResponse:
 def _dry_run(
     admission: Admission, params: Any, prompt: dict[str, Any], tokens: bool
 ) -> dict[str, Any]:
-    extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != RETURN_KEY}
-    resolution = admission.resolve(params, extra_args, prompt)
+    resolution = admission.resolve(params, _asked_for(params), prompt)
     if resolution is None:
         ids, text = prompt["prompt_token_ids"], prompt.get("prompt")
     else:
@@ -137,6 +184,10 @@ def _strength(alpha: float, share: float | None, given_by: str) -> dict[str, Any
     if share is not None:
         return {"share": share, "share_from": given_by}
     return {"alpha": alpha, "alpha_from": given_by}
+
+
+def _asked_for(params: Any) -> dict[str, Any]:
+    return {k: v for k, v in (params.extra_args or {}).items() if k != RETURN_KEY}
 
 
 def _keys(body: bytes) -> Collection[str]:

@@ -138,8 +138,8 @@ export class Editor {
     const error = this.errors.get(i);
     return h("li", { className: error ? "wrong" : "" },
       h("q", {}, short),
-      h("label", { className: "strength" }, "strength ", slider, shown),
       remove,
+      h("label", { className: "strength" }, "strength ", slider, shown),
       error ? h("p", { className: "error", role: "alert" }, error) : null);
   }
 }

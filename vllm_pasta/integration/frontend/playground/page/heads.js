@@ -53,20 +53,13 @@ export class Heads {
     return this.known.default !== null;
   }
 
-  #fits({ heads }) {
-    return Object.entries(heads).every(
-      ([layer, of]) => this.layers.includes(Number(layer)) && of.every((head) => head < this.count),
-    );
-  }
-
   #options() {
     const { default: own, head_sets: sets } = this.known;
     const option = (value, text, disabled = false) => h("option", { value, disabled }, text);
-    const fitting = Object.entries(sets).filter(([, set]) => this.#fits(set));
     this.select.replaceChildren(
       option(DEFAULT, own ? `The server's default: ${own.name || "unnamed"}, ${own.count} heads`
         : "The server has no default: choose some", !own),
-      ...fitting.map(([name, set]) => option(name, `${name}, ${set.count} heads`)),
+      ...Object.entries(sets).map(([name, set]) => option(name, `${name}, ${set.count} heads`)),
       option(ALL, `All ${this.layers.length * this.count} heads`),
       option(CHOSEN, "Chosen in the grid"),
     );
@@ -85,7 +78,7 @@ export class Heads {
     const heads = choice === DEFAULT ? null : choice;
     this.set(heads);
     const set = heads === null ? this.known.default : this.known.head_sets[heads];
-    this.changed(heads, heads === null ? this.known.alpha : set?.provenance?.alpha);
+    this.changed(heads, set?.alpha);
   }
 
   #choose(on) {

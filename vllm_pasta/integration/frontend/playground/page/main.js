@@ -6,6 +6,7 @@ import { announce, byId, copyText, debounced, h } from "./dom.js";
 import { Editor, strength } from "./editor.js";
 import { Heads } from "./heads.js";
 import { History, pack, unpack } from "./history.js";
+import { forget, look } from "./inside.js";
 import { code, emphasis, prompt } from "./request.js";
 import { example, EXAMPLES, sane, title } from "./state.js";
 
@@ -19,6 +20,7 @@ let models = [];
 let heads;
 let past;
 let resolving;
+let seen = []; // the prompt's tokens
 const compare = new Compare(byId("plain"), byId("emphasised"));
 
 // What is written ---------------------------------------------------------------------------------
@@ -107,6 +109,7 @@ async function showPlain(signal) {
 
 function showResolved({ tokens, emphasised }) {
   showRefused(null);
+  seen = tokens;
   const factors = new Map();
   for (const { tokens: [start, end], alpha } of emphasised) {
     for (let i = start; i < end; i += 1) factors.set(i, alpha ?? 1);
@@ -184,6 +187,7 @@ const alphaText = (alpha) => String(Number(alpha.toPrecision(2)));
 /** Something changed: a text, the marks, or a knob. */
 function changed(what) {
   resolveSoon();
+  forget();
   if (what === "text") {
     for (const id of ["plain", "emphasised"]) byId(id).querySelector(".answers").classList.add("old");
   } else if (ran && byId("again").checked) runSoon();
@@ -243,6 +247,7 @@ function show(next) {
   focused = 0;
   drawEditors();
   drawKnobs();
+  forget();
   resolve();
 }
 
@@ -297,6 +302,7 @@ function listen() {
   byId("add-message").onclick = addMessage;
   byId("run").onclick = () => run();
   byId("stop").onclick = () => compare.stop();
+  byId("look").onclick = () => look(structuredClone(state), seen);
   byId("link").onclick = () => copyLink(state);
   byId("copy").onclick = () => {
     showCode();
@@ -354,7 +360,7 @@ async function start() {
       },
     });
     const knobs = {
-      model: models[0].id, alpha: known.alpha, heads: null, temperature: 0, samples: 1, seed: 1,
+      model: models[0].id, alpha: known.default?.alpha ?? 0.01, heads: null, temperature: 0, samples: 1, seed: 1,
     };
     const base = example(EXAMPLES[0], knobs);
     show(sane(await unpack(location.hash), base));
