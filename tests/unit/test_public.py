@@ -75,7 +75,7 @@ RUN = "model --tasks --examples --seed --data --engine --eager --stop-after --al
         (
             "eval",
             f"{RUN} --share --methods --head-counts --split --generations --plots --markdown "
-            "--json",
+            "--json --html",
         ),
         ("profile", f"{RUN} --top-k --select --search --likelihood --shard --compare"),
         ("verify", "model --shape --only --runs --logs --json"),
@@ -137,6 +137,7 @@ def test_routes_and_header():
     assert served >= {
         ("GET", "/v1/emphasis/head_sets"),
         ("POST", "/v1/emphasis/resolve"),
+        ("POST", "/v1/emphasis/attention"),
         ("GET", "/playground"),
     }
     assert HEADER in ("x-emphasis", b"x-emphasis")
