@@ -267,7 +267,14 @@ def test_both_answers_and_the_knobs(visit, server):
     page.fill(".strength input", "-2")  # as weak as what is not marked
     page.locator("#runs .run").nth(3).wait_for()
     assert answer(page, "emphasised") == plain
-    page.locator("#runs .run").nth(3).click()  # the first
+    page.click("label:has([value=share])")  # which goes with marks of full strength alone
+    page.wait_for_selector("#strength-error:visible")
+    page.locator("#runs .run").nth(4).wait_for()
+    page.fill(".strength input", "0")
+    page.locator("#runs .run").nth(5).wait_for()
+    shared = {"text": FACT, "heads": "smollm2-135m-counterfact", "share": 0.3}
+    assert answer(page, "emphasised") == complete(server, shared, prompt=PROMPT)
+    page.locator("#runs .run").nth(5).click()  # the first
     page.wait_for_selector("#heads-error", state="hidden")
     assert answer(page, "emphasised") == marked
     assert page.inner_text("#alpha-shown") == "0.01"
@@ -399,44 +406,54 @@ def test_take_it_with_you(visit, server):
     assert KEY not in "".join(codes.values())
 
 
-def test_attention(server, smollm2, smollm2_oracle):
+@pytest.mark.parametrize("strength", [{"alpha": 0.01}, {"share": 0.4}])
+def test_attention(strength, server, smollm2, smollm2_oracle):
     """Mass on the marks of every steered head, and one head's weights, as the oracle has them."""
     heads = {20: [0, 4], 23: [3, 4, 7]}
-    body = {"model": "m", "prompt": PROMPT, "emphasis": {"text": [FACT], "heads": heads}}
-    url = f"{server}/v1/emphasis"
-    resolved = http.post(f"{url}/resolve", json=body, headers=AUTH).json()["prompts"][0]
+    emphasis = {"text": [FACT], "heads": heads, **strength}
+    resolved = look(server, emphasis, "resolve")["prompts"][0]
     (start, end) = resolved["emphasised"][0]["tokens"]
     ids = smollm2_ids(smollm2, PROMPT)
-    plain = last_row(smollm2_oracle, ids, None)
-    marked = last_row(smollm2_oracle, ids, Steering([(start, end)], heads, 0.01, len(ids)))
-    seen = http.post(f"{url}/attention?layer=23&head=4", json=body, headers=AUTH).json()
+    steering = Steering([(start, end)], heads, strength.get("alpha", 0), len(ids))
+    steering.share = strength.get("share")
+    truth = {
+        "plain": last_row(smollm2_oracle, ids, None),
+        "emphasised": last_row(smollm2_oracle, ids, steering),
+    }
+    seen = look(server, emphasis, "attention?layer=23&head=4")
     assert {(of["layer"], of["head"]) for of in seen["heads"]} == {
         (layer, head) for layer, of in heads.items() for head in of
     }
-    for of in seen["heads"]:
-        for kind, weights in (("plain", plain), ("emphasised", marked)):
-            row = weights[of["layer"]][of["head"]]
-            assert of[kind] == pytest.approx(float(row[start:end].sum()), abs=2e-4), (of, kind)
-    for kind, weights in (("plain", plain), ("emphasised", marked)):
+    for kind, weights in truth.items():
+        for of in seen["heads"]:
+            mass = float(weights[of["layer"]][of["head"]][start:end].sum())
+            assert of[kind] == pytest.approx(mass, abs=2e-4), (of, kind)
         assert seen["map"][kind] == pytest.approx(weights[23][4].tolist(), abs=2e-4)
-    assert max(of["emphasised"] for of in seen["heads"]) > 0.5
-    most = http.post(f"{url}/attention", json=body, headers=AUTH).json()
     best = max(seen["heads"], key=lambda of: of["emphasised"] - of["plain"])
+    assert best["emphasised"] > best["plain"] + 0.2
+    most = look(server, emphasis, "attention")
     assert (most["layer"], most["head"]) == (best["layer"], best["head"])
-    for wrong in ("layer=99&head=0", "layer=x&head=0"):
-        assert http.post(f"{url}/attention?{wrong}", json=body, headers=AUTH).status_code == 400
-    del body["emphasis"]
-    assert http.post(f"{url}/attention", json=body, headers=AUTH).status_code == 400
-    assert http.post(f"{url}/attention", json=body).status_code == 401
-    body |= {"emphasis": FACT, "prompt": PROMPT + " word" * 700}
+
+
+def test_attention_is_limited(server):
+    """One prompt at a time; only what can be looked into, and only with the key."""
+    for wrong in ("?layer=99&head=0", "?layer=x&head=0"):
+        assert "error" in look(server, FACT, "attention" + wrong, status=400)
+    look(server, None, "attention", status=400)
+    assert http.post(f"{server}/v1/emphasis/attention", json={}).status_code == 401
     with ThreadPoolExecutor(4) as pool:
-        codes = list(
-            pool.map(
-                lambda _: http.post(f"{url}/attention", json=body, headers=AUTH).status_code,
-                range(4),
-            )
-        )
-    assert set(codes) == {200, 429}  # one at a time
+        asked = [pool.submit(look, server, FACT, "attention", status=None) for _ in range(4)]
+        codes = [code for code, _ in (future.result() for future in asked)]
+    assert set(codes) == {200, 429}
+
+
+def look(server, emphasis, path, status=200):
+    body = {"model": "m", "prompt": PROMPT, "emphasis": emphasis}
+    answer = http.post(f"{server}/v1/emphasis/{path}", json=body, headers=AUTH)
+    if status is None:
+        return answer.status_code, answer.json()
+    assert answer.status_code == status, answer.text
+    return answer.json()
 
 
 def smollm2_ids(path, text):
@@ -453,6 +470,7 @@ def last_row(of, ids, steering):
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         logits = query[:, :, -1:] @ keys.transpose(2, 3) * scaling
         oracle._add_bias(logits, module.layer_idx, torch.tensor([key.shape[2] - 1]))
+        oracle._reach_share(logits, module.layer_idx)
         seen[module.layer_idx] = logits.softmax(-1)[0, :, 0]
         return oracle._attention(module, query, key, value, mask, scaling, **options)
 

@@ -121,7 +121,13 @@ def test_flags_of_vllm():
     flags.add_plugin_flag(made)
     flags.add_flags(made)
     options = {option for action in made._actions for option in action.option_strings}
-    assert options >= {"--plugin", "--pasta-heads", "--pasta-alpha", "--pasta-share"}
+    assert options >= {
+        "--plugin",
+        "--pasta-heads",
+        "--pasta-alpha",
+        "--pasta-share",
+        "--pasta-playground",
+    }
 
 
 def test_routes_and_header():

@@ -138,6 +138,7 @@ def steered(weights: Mapping[int, np.ndarray], emphasis: ResolvedEmphasis) -> di
     Returns:
         The same in float64.
     """
+    marks = _is_marked(emphasis)
     factors = np.full(emphasis.prompt_len, emphasis.alpha)
     for (start, end), factor in zip(emphasis.spans, emphasis.span_factors, strict=True):
         factors[start:end] = factor
@@ -145,6 +146,11 @@ def steered(weights: Mapping[int, np.ndarray], emphasis: ResolvedEmphasis) -> di
     for layer, heads in emphasis.heads.layers:
         for head in heads:
             row = result[layer][head]
+            if emphasis.share is not None:  # the largest factor that gives the marks their share
+                of_marks = row[: len(marks)][marks].sum()
+                rest = row[: len(marks)][~marks].sum()
+                enough = emphasis.odds * of_marks / max(rest, np.finfo(np.float64).tiny)
+                factors[~marks] = np.clip(enough, emphasis.alpha, 1.0)
             row[: len(factors)] *= factors  # a sink is no token of the prompt: it is not scaled
             row /= row.sum()
     return result

@@ -150,10 +150,15 @@ function showRefused(error, fields = new Map()) {
   const text = message.replace(/^emphasis\.\w+(\[\d+\])?(\.\w+)?: /, "");
   editors.forEach((editor, part) =>
     editor.showErrors(place?.part === part ? new Map([[place.mark, text]]) : new Map()));
-  const ofHeads = !place && message.startsWith("emphasis.heads");
-  for (const [id, said] of [["heads-error", ofHeads ? text : ""], ["prompt-error", place || ofHeads ? "" : message]]) {
-    byId(id).textContent = said;
-    byId(id).hidden = !said;
+  const knob = place ? null : /^emphasis\.(heads|alpha|share)/.exec(message)?.[1];
+  const said = {
+    "heads-error": knob === "heads" ? text : "",
+    "strength-error": knob && knob !== "heads" ? text : "",
+    "prompt-error": place || knob ? "" : message,
+  };
+  for (const [id, words] of Object.entries(said)) {
+    byId(id).textContent = words;
+    byId(id).hidden = !words;
   }
 }
 
@@ -174,12 +179,14 @@ async function run() {
 }
 
 let ran = false;
+let usualShare = 0.3;
 const runSoon = debounced(() => run(), 350);
 
 function how(asked) {
   const clock = new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   const warm = asked.temperature ? ` · temperature ${asked.temperature}` : "";
-  return `α ${alphaText(asked.alpha)} · ${heads.describe(asked.heads)}${warm} · ${clock}`;
+  const strength = asked.share === null ? `α ${alphaText(asked.alpha)}` : `share ${asked.share}`;
+  return `${strength} · ${heads.describe(asked.heads)}${warm} · ${clock}`;
 }
 
 const alphaText = (alpha) => String(Number(alpha.toPrecision(2)));
@@ -196,6 +203,12 @@ function changed(what) {
 // The knobs ---------------------------------------------------------------------------------------
 
 function drawKnobs() {
+  const by = state.share === null ? "alpha" : "share";
+  document.querySelector(`[name=strength][value=${by}]`).checked = true;
+  byId("by-alpha").hidden = by !== "alpha";
+  byId("by-share").hidden = by !== "share";
+  byId("share").value = state.share ?? usualShare;
+  showShare();
   byId("alpha").value = Math.log10(state.alpha);
   showAlpha();
   heads.set(state.heads);
@@ -210,7 +223,25 @@ function showAlpha() {
   byId("alpha").setAttribute("aria-valuetext", alphaText(state.alpha));
 }
 
+function showShare() {
+  const text = `${Math.round(100 * byId("share").valueAsNumber)} %`;
+  byId("share-shown").textContent = text;
+  byId("share").setAttribute("aria-valuetext", text);
+}
+
 function listenToKnobs() {
+  for (const radio of document.querySelectorAll("[name=strength]")) {
+    radio.onchange = () => {
+      state.share = radio.value === "share" ? usualShare : null;
+      drawKnobs();
+      changed("knob");
+    };
+  }
+  byId("share").oninput = () => {
+    state.share = usualShare = byId("share").valueAsNumber;
+    showShare();
+    changed("knob");
+  };
   byId("alpha").oninput = () => {
     state.alpha = Number((10 ** Number(byId("alpha").value)).toPrecision(2));
     showAlpha();
@@ -347,7 +378,7 @@ async function start() {
     byId("enter-key").hidden = true;
     heads = new Heads(known, (chosen, alpha) => {
       state.heads = chosen;
-      if (alpha) state.alpha = Math.min(1, Math.max(1e-4, alpha));
+      if (alpha && state.share === null) state.alpha = Math.min(1, Math.max(1e-4, alpha));
       drawKnobs();
       changed("knob");
     });
@@ -360,7 +391,8 @@ async function start() {
       },
     });
     const knobs = {
-      model: models[0].id, alpha: known.default?.alpha ?? 0.01, heads: null, temperature: 0, samples: 1, seed: 1,
+      model: models[0].id, share: known.default?.share ?? null,
+      alpha: known.default?.alpha ?? 0.01, heads: null, temperature: 0, samples: 1, seed: 1,
     };
     const base = example(EXAMPLES[0], knobs);
     show(sane(await unpack(location.hash), base));

@@ -36,7 +36,7 @@ export function emphasis(state) {
     });
   });
   if (!fields.size) return null;
-  const value = { alpha: state.alpha };
+  const value = state.share === null ? { alpha: state.alpha } : { share: state.share };
   for (const name of ["text", "chars"]) if (lists[name].length) value[name] = lists[name];
   if (state.heads !== null) value.heads = state.heads;
   return { value, fields };

@@ -92,6 +92,7 @@ export function sane(value, base) {
     raw: sanePart(value.raw),
     messages: messages.length ? messages : base.messages,
     alpha: number(value.alpha, 1e-4, 1, base.alpha),
+    share: typeof value.share === "number" ? number(value.share, 0.05, 0.95, null) : null,
     heads: "heads" in value ? saneHeads(value.heads) : base.heads,
     temperature: number(value.temperature, 0, 2, base.temperature),
     maxTokens: number(value.maxTokens, 1, 4096, base.maxTokens) | 0,
