@@ -192,3 +192,9 @@ def test_likeness_of_rankings():
     assert rank_correlation([1, 2, 3], [1, 2, 3]) == 1
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == -1
     assert overlap([1, 2, 3, 4], [4, 2, 9, 9], 2) == 0.5
+
+
+def test_heat_map_of_a_hybrid_model():
+    """Layers without heads have no row."""
+    changes = {(3, 1): 4.0, (1, 0): 1.0, (3, 0): 3.0, (1, 1): 2.0}
+    assert plots.by_layer(changes) == ([1, 3], [[1.0, 2.0], [3.0, 4.0]])

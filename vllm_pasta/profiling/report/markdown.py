@@ -9,7 +9,7 @@ from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.estimates import overlap, rank_correlation
 from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.methods import Head, head_name
-from vllm_pasta.profiling.report import html, pages, plots, tables
+from vllm_pasta.profiling.report import plots, tables
 from vllm_pasta.profiling.search.ranking import Profile, rankings
 from vllm_pasta.profiling.search.sizes import HeldOut
 from vllm_pasta.request.heads import HeadSet
@@ -92,8 +92,7 @@ def write(
     held_out: HeldOut,
     compared: str,
 ) -> str:
-    """Writes the report ``OUT.md``, the heat maps ``OUT.png``, and both as a page, ``OUT.html``,
-    beside the head set.
+    """Writes the report ``OUT.md`` and the heat maps ``OUT.png`` beside the head set.
 
     Args:
         out: The head set's file.
@@ -114,29 +113,19 @@ def write(
         f"{info['engine_seconds'] / 60:.1f} minutes, gradients {info['gradient_seconds']:.0f} s; "
         "engine starts are not counted.",
     ]
-    page: list[html.Part] = []
     for task, heads in sets.items():
         of = f"for {task}" if task else f"({info['select']})"
         layers: dict[int, list[int]] = {}
         for layer, head in heads:
             layers.setdefault(layer, []).append(head)
-        lines = [f"layer {layer}: {', '.join(map(str, of))}" for layer, of in layers.items()]
-        title = f"{len(heads)} heads {of}"
-        listed = "\n".join(f"- {line}" for line in lines)
-        parts.append(f"## {title}\n\nTop {info['top_k']}.\n\n{listed}")
-        page.append(html.Lines(title, lines))
+        lines = [f"- layer {layer}: {', '.join(map(str, of))}" for layer, of in layers.items()]
+        parts.append(f"## {len(heads)} heads {of}\n\nTop {info['top_k']}.\n\n" + "\n".join(lines))
     for profile in profiles:
-        rows = _best(profile)
-        title, plain = f"{profile.task.name}: the first {len(rows) - 1} heads", profile.plain
-        parts.append(f"## {title}\n\nWithout steering {plain:.3f}.\n\n{tables.markdown(rows)}")
-        page.append(html.Table(title, rows, f"Without steering {plain:.3f}."))
+        parts.append(_best(profile))
     if held_out:
-        title, rows = "Held-out examples, by number of heads", _sizes(profiles, held_out)
-        parts.append(f"## {title}\n\n{tables.markdown(rows)}")
-        page.append(html.Table(title, rows))
+        parts.append(_sizes(profiles, held_out))
     if compared:
         parts.append(f"## Compared\n\n{compared}")
-        page.append(html.Lines("Compared", compared.splitlines()))
     try:
         plots.heat_map(out.with_suffix(".png"), profiles, info)
         parts.append(f"![Heads by task]({out.with_suffix('.png').name})")
@@ -144,12 +133,10 @@ def write(
         parts.append(f"No heat map: {e}.")
     text = "\n\n".join(parts)
     out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    pages.profile(out.with_suffix(".html"), info, profiles, page)
     return text
 
 
-def _best(profile: Profile) -> list[list[str]]:
-    """The first heads of a ranking, as a table."""
+def _best(profile: Profile) -> str:
     rows = [["head", profile.objective, "change", "examples"]]
     for ranked in profile.ranking[:SHOWN]:
         known = ranked.score is not None
@@ -161,11 +148,13 @@ def _best(profile: Profile) -> list[list[str]]:
                 str(ranked.examples),
             ]
         )
-    return rows
+    return (
+        f"## {profile.task.name}: the first {len(rows) - 1} heads\n\n"
+        f"Without steering {profile.plain:.3f}.\n\n{tables.markdown(rows)}"
+    )
 
 
-def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> list[list[str]]:
-    """The scores by number of heads, as a table."""
+def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> str:
     chosen = [p.task for p in profiles]
     heading: list[str] = []
     lines = []
@@ -173,7 +162,7 @@ def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> list[list[str]]:
         heading, line = tables.cells(chosen, [_renamed(row) for row in rows])
         size = max(len(row.method.heads) if row.method.heads else 0 for row in rows)
         lines.append(["plain" if k == 0 else f"top {k}: {size} heads, α {alpha:g}", *line[1:]])
-    return [heading, *lines]
+    return "## Held-out examples, by number of heads\n\n" + tables.markdown([heading, *lines])
 
 
 def _renamed(row: Row) -> Row:

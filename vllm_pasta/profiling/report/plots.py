@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.evaluation import Row
+from vllm_pasta.profiling.methods import Head
 from vllm_pasta.profiling.search.ranking import Profile
 from vllm_pasta.tasks import Task
 
@@ -113,6 +114,13 @@ def _curve(axis: Any, label: str, points: list[tuple[float, Row]]) -> None:
         second.set_ylim(bottom=0)
 
 
+def by_layer(changes: Mapping[Head, float]) -> tuple[list[int], list[list[float]]]:
+    """The layers that have heads, in order, and for each its heads' values."""
+    layers = sorted({layer for layer, _ in changes})
+    heads = sorted({head for _, head in changes})
+    return layers, [[changes[layer, head] for head in heads] for layer in layers]
+
+
 def heat_map(path: Path, profiles: Sequence[Profile], info: Mapping[str, Any]) -> None:
     """Draws layer × head for each task: how steering that head alone changes its objective.
 
@@ -130,14 +138,15 @@ def heat_map(path: Path, profiles: Sequence[Profile], info: Mapping[str, Any]) -
             r.head: (r.estimate or 0.0) if r.score is None else r.score - profile.plain
             for r in profile.ranking
         }
-        layers, heads = (1 + max(head[i] for head in changes) for i in (0, 1))
-        grid = [[changes[layer, head] for head in range(heads)] for layer in range(layers)]
+        layers, grid = by_layer(changes)
         limit = max(abs(value) for value in changes.values()) or 1.0
         image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_title(f"{profile.task.name}: change of {profile.objective}", fontsize=9)
         axis.set_xlabel("query head")
-        axis.set_xticks(range(heads))
+        axis.set_xticks(range(len(grid[0])))
         axis.set_ylabel("layer")
+        if len(layers) <= layers[-1]:  # a hybrid model: others have no heads
+            axis.set_yticks(range(len(layers)), list(map(str, layers)))
         figure.colorbar(image, ax=axis, shrink=0.8)
     figure.suptitle(f"{info['model']}, one head steered at a time, α {info['alpha']:g}", fontsize=9)
     figure.tight_layout()
