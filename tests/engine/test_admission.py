@@ -219,6 +219,39 @@ def test_model_that_cannot_be_steered(reason, tmp_path):
         support.check_engine(config)
 
 
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        (
+            "hybrid, and no test shows that its KV connector keeps the states",
+            {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
+        ),
+        (
+            "hybrid, and no test shows that speculative decoding takes the states",
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 3,
+                    "prompt_lookup_max": 3,
+                }
+            },
+        ),
+    ],
+)
+def test_hybrid_with_what_nothing_shows(reason, options, tmp_path):
+    """What other models may have, and a hybrid one alone is not refused for."""
+    from models import tiny_model
+    from vllm import EngineArgs
+
+    from vllm_pasta.integration import support
+
+    model = str(tiny_model(tmp_path, "granitemoehybrid"))
+    config = EngineArgs(model, skip_tokenizer_init=True, **options).create_engine_config()
+    with pytest.raises(UnsupportedError, match=reason):
+        support.check_engine(config)
+    support.check_engine(EngineArgs(model, skip_tokenizer_init=True).create_engine_config())
+
+
 def test_other_platform_and_model_runner_v2(small_batches, monkeypatch):
     """Not reached on a CPU, so what vLLM says of itself is changed."""
     from types import SimpleNamespace

@@ -18,14 +18,15 @@ from vllm_pasta.verify.oracle import Oracle
 
 SHORT, LONG, OTHER = random_ids(24, 1), random_ids(200, 3), random_ids(140, 4)
 LAYERS = {"granitemoehybrid": [1, 3], "falcon_h1": [0, 1, 2, 3], "nemotron_h": [1, 3],
-          "qwen3_next": [1, 3]}  # fmt: skip
-FP32 = [kind for kind in HYBRIDS if kind != "qwen3_next"]
+          "qwen3_5_text": [1, 3], "qwen3_next": [1, 3]}  # fmt: skip
+BF16 = ("qwen3_5_text", "qwen3_next")  # vLLM's CPU kernel of gated delta net takes no other
+FP32 = [kind for kind in HYBRIDS if kind not in BF16]
 
 
 class Model:
     """A hybrid model under vLLM and under the oracle."""
 
-    def __init__(self, kind, folder, dtype="float32"):
+    def __init__(self, kind, folder, dtype="float32", **options):
         from conftest import start
         from vllm.distributed import parallel_state
 
@@ -40,6 +41,7 @@ class Model:
             max_num_seqs=4,
             max_num_batched_tokens=64,
             enable_prefix_caching=True,
+            **options,
         )
         self.oracle = Oracle(folder)
         self.layers = LAYERS[kind]
@@ -114,9 +116,10 @@ def test_layers_without_heads_are_refused(model):
         model.llm.generate({"prompt_token_ids": SHORT}, params, use_tqdm=False)
 
 
-def test_gated_delta_net(tmp_path):
-    """vLLM's CPU kernel of it takes bf16 alone: error at most twice plain PyTorch's."""
-    model = Model("qwen3_next", tmp_path, "bfloat16")
+@pytest.mark.parametrize("kind", BF16)
+def test_gated_delta_net(kind, tmp_path):
+    """Error at most twice plain PyTorch's."""
+    model = Model(kind, tmp_path, "bfloat16")
     case = replace(model.cases["across chunks"], alpha=0.01, max_tokens=1)
     params = case.params
     params.prompt_logprobs = -1

@@ -192,6 +192,21 @@ ENGINE = (
         ),
     ),
     *_shown_by(
+        f"{_ADMISSION}test_hybrid_with_what_nothing_shows",
+        (  # vLLM's CPU backend cannot do it either: its rollback of states is a Triton kernel.
+            "hybrid-speculative",
+            "the model is hybrid, and no test shows that speculative decoding takes the states of "
+            "rejected drafts back as steered requests need it",
+            lambda e: e.model.is_hybrid and e.speculative,
+        ),
+        (
+            "hybrid-kv-connector",
+            "the model is hybrid, and no test shows that its KV connector keeps the states of "
+            "differently steered requests apart",
+            lambda e: e.model.is_hybrid and e.config.kv_transfer_config is not None,
+        ),
+    ),
+    *_shown_by(
         f"{_ADMISSION}test_other_platform_and_model_runner_v2",
         (
             "platform",
