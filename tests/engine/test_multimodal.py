@@ -1,4 +1,5 @@
 """Multimodal models, prompts of text: tiny random models of real architectures, in fp32.
+`test_images` has prompts with images.
 
 Broken by: layers whose names or positions (M-RoPE) are not those of a text model; a gate that
 refuses the engine.
@@ -10,9 +11,7 @@ from dataclasses import replace
 import pytest
 from models import MULTIMODAL, random_ids, tiny_multimodal
 from test_exact import LOGPROB_TOLERANCE, Case, check, run
-from vllm import SamplingParams
 
-from vllm_pasta.errors import EmphasisError
 from vllm_pasta.verify.oracle import Oracle
 
 SHORT, LONG = random_ids(24, 1), random_ids(200, 3)
@@ -71,16 +70,3 @@ def test_prefix_cache(model):
         (request,) = llm.generate({"prompt_token_ids": case.prompt}, case.params, use_tqdm=False)
         assert request.num_cached_tokens == shared
         check(request.outputs[0], oracle.generate(case.prompt, case.max_tokens, case.steering))
-
-
-def test_image_prompt(model):
-    """A prompt with an image is refused with emphasis, and admitted without."""
-    llm, _ = model
-    admission = llm.llm_engine.input_processor.pasta_admission
-    prompt = {"type": "multimodal", "prompt_token_ids": SHORT, "mm_placeholders": {}}
-    plain = SamplingParams(max_tokens=1)
-    assert admission.admit(plain, dict(prompt)) is plain
-    emphasis = {"spans": [[2, 4]], "heads": {"1": [0]}}
-    params = SamplingParams(max_tokens=1, extra_args={"emphasis": emphasis})
-    with pytest.raises(EmphasisError, match="got one of type multimodal"):
-        admission.admit(params, dict(prompt))

@@ -1,10 +1,18 @@
 """Tiny random models and prompts."""
 
 import json
+import re
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import load_file, save_file
+from tokenizers import (
+    AddedToken,
+    ByteLevelBPETokenizer,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,10 +65,14 @@ HYBRIDS = {  # model type -> recurrences beside attention, and which layers have
     "nemotron_h": {"hybrid_override_pattern": "M*-*", "mamba_num_heads": 8, "mamba_head_dim": 32,
                    "ssm_state_size": 16, "n_groups": 1, "attention_head_dim": 32,
                    "time_step_min": 1e-6},  # transformers clamps time steps to it, vLLM does not
+    "qwen3_5_text": {**_GATED_DELTA_NET, "partial_rotary_factor": 0.5},  # bf16 as the next
     "qwen3_next": {**_GATED_DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2,
                    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
                    "partial_rotary_factor": 0.5},  # vLLM's CPU kernel takes bf16 alone
 }  # fmt: skip
+
+
+LAST_NORMS = ("model.norm.weight", "transformer.ln_f.weight", "model.embedding_norm.weight")
 
 
 def tiny_model(folder, model_type, dtype=torch.float32, **options):
@@ -87,7 +99,7 @@ def tiny_model(folder, model_type, dtype=torch.float32, **options):
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter, 1.0)
-        if config.tie_word_embeddings and name in ("model.norm.weight", "transformer.ln_f.weight"):
+        if config.tie_word_embeddings and name in LAST_NORMS:
             # Else the last token is repeated for ever. Gemma adds 1.
             torch.nn.init.normal_(parameter, -1.0 if model_type == "gemma2" else 0.0)
     model.to(dtype).save_pretrained(folder)
@@ -132,25 +144,40 @@ def tiny_multimodal(folder, model_type):
         tie_word_embeddings=False,
         **others,
     )  # fmt: skip
-    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    # It never says what stands for an image in prompts: transformers would look for its features.
+    torch.nn.init.zeros_(model.lm_head.weight[5:7])
+    model.save_pretrained(folder)
+    if model_type == "gemma3":  # as published; transformers 5 saves another name, and reads both
+        weights = load_file(folder / "model.safetensors")
+        named = {re.sub(r"(vision_tower\.)(?!vision_model)", r"\1vision_model.", name): value
+                 for name, value in weights.items()}  # fmt: skip
+        save_file(named, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def byte_tokenizer(folder):
+def byte_tokenizer(folder, added=None, **options):
     """Saves a tokenizer of 256 tokens: three special ones, then a byte each, of token id byte + 3.
 
-    Bytes 253 to 255, which no UTF-8 text holds, have none.
+    Bytes 253 to 255, which no UTF-8 text holds, have none. Nor have those in whose place ``added``
+    ({token id: text}) puts other tokens.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable}  # as in GPT-2, which ByteLevel expects
     symbols |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {symbols[b]: b + 3 for b in range(253)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    names = {index: name for name, index in vocab.items()} | (added or {})
+    tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in names.items()}, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(n, normalized=False) for n in (added or {}).values()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        **options,
     ).save_pretrained(folder)
     return folder
 

@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from vllm_pasta.errors import EmphasisError
 from vllm_pasta.request.chat import (
     WHOLE,
     Chat,
+    Images,
     Reading,
     locate_messages,
     missed,
@@ -21,7 +22,7 @@ from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import Span, check_count, strongest
 from vllm_pasta.request.search import find
-from vllm_pasta.request.tokens import Tokenized, align, decoded
+from vllm_pasta.request.tokens import Tokenized, align, decoded, spliced
 
 CHAT_KEY = "_vllm_pasta_chat"
 """Key in a rendered prompt of the `Chat` that it was made from."""
@@ -89,6 +90,7 @@ class Locator:
         text: str | None,
         chat: Chat | None,
         reading: Reading | None = None,
+        images: Images = Images(),  # noqa: B008 (frozen)
     ) -> Located:
         """Finds every mark.
 
@@ -100,6 +102,7 @@ class Locator:
             chat: The conversation the prompt was made from, if any.
             reading: What markup was read before the prompt became tokens, and taken out of ``text``
                 and ``chat``; None where it was not read.
+            images: Where the prompt holds images.
 
         Raises:
             EmphasisError: a mark cannot be found, or means nothing; or markup was asked for by the
@@ -113,6 +116,9 @@ class Locator:
                     field=f"emphasis.spans[{i}]",
                 )
         ids = list(token_ids)
+        pictured = images.located([m for m in emphasis.marks if m.image is not None], chat)
+        in_text = tuple(mark for mark in emphasis.marks if mark.image is None)
+        emphasis = replace(emphasis, marks=in_text)
         if reading is not None:
             unread = False
         else:
@@ -127,12 +133,15 @@ class Locator:
                         "`spans`",
                         field="emphasis",
                     )
-                located = self._locate(emphasis, markup, ids, text, chat, reading)
-        if not located.marks and emphasis.markup is not None and text is not None:
+                located = self._locate(emphasis, markup, ids, text, chat, reading, images)
+        marked = located.marks or pictured
+        if not marked and emphasis.markup is not None and text is not None:
             why = missed(chat.messages, markup) if chat is not None else markup.missed(text)
             if why:
                 raise EmphasisError(f"nothing is emphasised: {why}", field="emphasis.markup")
-        return located
+        marks = images.widened([*located.marks, *pictured])
+        check_count(len(marks))
+        return replace(located, marks=tuple(marks))
 
     def _locate(
         self,
@@ -142,6 +151,7 @@ class Locator:
         text: str | None,
         chat: Chat | None,
         reading: Reading | None,
+        images: Images,
     ) -> Located:
         clean = text
         if reading is None:
@@ -152,7 +162,12 @@ class Locator:
                 field="emphasis.spans",
             )
         if clean is None or clean == text:
-            tokenized = self._tokenize(ids, text)
+            tokenized = self._tokenize(ids, text, images)
+        elif images:
+            raise EmphasisError(
+                "markup cannot be taken out of a prompt that holds its images; give `text`",
+                field="emphasis.markup",
+            )
         else:
             assert text is not None
             tokenized, ids = self._retokenize(ids, text, clean)
@@ -222,32 +237,6 @@ class Locator:
         with self._lock:
             return "" if self._load() is None else self._decode(token_ids)
 
-    def pieces(self, token_ids: list[int], text: str | None) -> list[str]:
-        """The text of each token; together they are the prompt as the model sees it.
-
-        Of tokens that only together make up a character, the first has it and the others are empty.
-
-        Args:
-            token_ids: The prompt's.
-            text: The prompt's text, if known.
-
-        Returns:
-            As many texts as tokens; none without a tokenizer.
-        """
-        with self._lock:
-            if self._load() is None:
-                return []
-            tokenized = self._tokenize(token_ids, text)
-            found, position = [], tokenized.window[0]
-            for token, (start, end) in zip(token_ids, tokenized.offsets, strict=True):
-                if start == end:  # special, and not in the text
-                    found.append(self._decode([token]))
-                    continue
-                end = max(end, position)
-                found.append(tokenized.text[position:end])
-                position = end
-            return found
-
     def _load(self) -> Any:
         if self._tokenizer is None:
             self._tokenizer = copy.deepcopy(self._get_tokenizer())
@@ -260,9 +249,14 @@ class Locator:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
-    def _tokenize(self, ids: list[int], text: str | None) -> Tokenized:
+    def _tokenize(self, ids: list[int], text: str | None, images: Images) -> Tokenized:
         """The prompt's text as the model sees it, and each token's characters in it."""
         if getattr(self._tokenizer, "is_fast", False):
+            if images and text is not None:
+                for special in (True, False):
+                    encoded = self._encode(text, special)
+                    if tokenized := spliced(text, ids, sorted(images.held), *encoded):
+                        return tokenized
             for candidate in [self._decode(ids)] if text is None else [text, self._decode(ids)]:
                 for special in (True, False):
                     tokenized = align(candidate, ids, *self._encode(candidate, special))

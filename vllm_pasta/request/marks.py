@@ -1,13 +1,15 @@
 """Marks: what a user points at, before it is known which tokens that is.
 
 A mark names a place (the whole prompt, one chat message, every message of a role) and what of it
-(a text, a character range, or all). Written as a string, or as an object:
+(a text, a character range, an image, or all). Written as a string, or as an object:
 
     "Answer in JSON."
     {"text": "JSON", "occurrence": "last"}
     {"message": 0, "chars": [3, 9]}
     {"message": -1, "text": "JSON"}
     {"role": "system"}
+    {"image": 0}
+    {"message": -1, "image": "all"}
 
 and, as an object, with a strength of its own: ``{"text": "JSON", "alpha": 0.1}``.
 """
@@ -32,6 +34,7 @@ class Mark:
         chars: Half-open character range.
         message: Index of a chat message, negative from the end; None means the whole prompt.
         role: Every chat message of this role.
+        image: Which of the place's images, from 0, negative from the end; None means none.
         alpha: Factor of the marked tokens; 1 is full strength.
         field: What the user called it, for messages; not part of its identity.
     """
@@ -41,6 +44,7 @@ class Mark:
     chars: tuple[int, int] | None = None
     message: int | None = None
     role: str | None = None
+    image: int | Literal["all"] | None = None
     alpha: float = 1.0
     field: str = field(default="emphasis", compare=False)
 
@@ -120,8 +124,12 @@ def parse_range(value: Any, where: str, unit: str) -> tuple[int, int]:
     return start, end
 
 
+_EITHER = (("text", "chars"), ("text", "image"), ("chars", "image"), ("message", "role"))
+"""Fields of a mark that do not go together."""
+
+
 def _mark(value: Any, where: str) -> Mark:
-    known = ("text", "occurrence", "chars", "message", "role", "alpha")
+    known = ("text", "occurrence", "chars", "message", "role", "image", "alpha")
     if not isinstance(value, Mapping):
         raise EmphasisError(
             f"expected a string or an object of {', '.join(known)}; got {show(value)}", field=where
@@ -132,8 +140,10 @@ def _mark(value: Any, where: str) -> Mark:
         )
     given = {key: item for key, item in value.items() if item is not None}
     if not given.keys() - {"alpha", "occurrence"}:
-        raise EmphasisError("expected one of text, chars, message, role, got none", field=where)
-    for one, other in (("text", "chars"), ("message", "role")):
+        raise EmphasisError(
+            "expected one of text, chars, image, message, role, got none", field=where
+        )
+    for one, other in _EITHER:
         if one in given and other in given:
             raise EmphasisError(f"expected {one} or {other}, got both", field=where)
     if "occurrence" in given and "text" not in given:
@@ -151,6 +161,7 @@ def _mark(value: Any, where: str) -> Mark:
         ),
         message=message,
         role=role,
+        image=_image(given.get("image"), f"{where}.image"),
         alpha=_alpha(given.get("alpha", 1.0), f"{where}.alpha"),
         field=where,
     )
@@ -236,3 +247,11 @@ def _occurrence(value: Any, where: str) -> Occurrence:
     raise EmphasisError(
         f'expected a number from 0 on, "all" or "last"; got {show(value)}', field=where
     )
+
+
+def _image(value: Any, where: str) -> int | Literal["all"] | None:
+    if value is None or value == "all":
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise EmphasisError(f'expected a number or "all", got {show(value)}', field=where)

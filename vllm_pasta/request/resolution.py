@@ -50,8 +50,6 @@ class ResolvedEmphasis:
             strength; a tuple of ones is stored as the empty one. Spans that touch have different
             factors, and none has ``alpha`` (`strongest` makes such).
         share: Least share of the spans, in (0, 1); None where ``alpha`` is the factor itself.
-        watch: A name under which the workers keep what the prompt attends to; None for nearly all
-            requests. It changes nothing else, so it is no part of the wire form that keys are of.
 
     Raises:
         ValueError: there are factors, and not one for each span, or a share beside them.
@@ -63,7 +61,6 @@ class ResolvedEmphasis:
     prompt_len: int
     factors: tuple[float, ...] = ()
     share: float | None = None
-    watch: str | None = None
 
     def __post_init__(self) -> None:
         if self.factors and len(self.factors) != len(self.spans):
@@ -137,7 +134,6 @@ class ResolvedEmphasis:
             prompt_len=wire["prompt_len"],
             factors=tuple(wire.get("factors", ())),
             share=wire.get("share"),
-            watch=wire.get("watch"),
         )
 
 
@@ -154,6 +150,7 @@ class Resolution:
         prompt: Which prompt of the request's list it is, from 0.
         strength_from: Who gave ``emphasis.share``, or without one ``emphasis.alpha``: "request",
             "server", "head set" or "default".
+        images: For each image of the prompt, the ranges of tokens that carry its features.
     """
 
     emphasis: ResolvedEmphasis
@@ -163,24 +160,41 @@ class Resolution:
     factors: tuple[float, ...] = ()
     prompt: int = 0
     strength_from: str = "request"
+    images: tuple[tuple[Span, ...], ...] = ()
 
     def report(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-        """The marked token ranges and their text, for people; and ``alpha``, a mark's own factor,
+        """The marked token ranges and their text, for people, with one token for each image;
+        ``images``, the images that a range touches, if any; and ``alpha``, a mark's own factor,
         where it is not 1.
 
         Args:
             decode: Token ids to text.
         """
-        return [
-            {
-                "tokens": [start, end],
-                "text": decode(self.token_ids[start:end]),
-                **({} if factor == 1.0 else {"alpha": factor}),
-            }
-            for (start, end), factor in zip(
-                self.spans, self.factors or (1.0,) * len(self.spans), strict=True
+        found = []
+        for span, factor in zip(self.spans, self.factors or (1.0,) * len(self.spans), strict=True):
+            ids, images = self._shortened(span)
+            found.append(
+                {
+                    "tokens": list(span),
+                    "text": decode(ids),
+                    **({"images": images} if images else {}),
+                    **({} if factor == 1.0 else {"alpha": factor}),
+                }
             )
-        ]
+        return found
+
+    def _shortened(self, span: Span) -> tuple[list[int], list[int]]:
+        """The tokens of a span, one for each image's; and the images that it touches."""
+        start, end = span
+        ids: list[int] = []
+        touched: list[int] = []
+        ranges = [(a, b, i) for i, spans in enumerate(self.images) for a, b in spans]
+        for a, b, i in sorted(ranges):
+            if a < end and b > start:
+                ids += self.token_ids[start : max(a, start) + (i not in touched)]
+                start = min(b, end)
+                touched.append(i)
+        return ids + self.token_ids[start:end], sorted(set(touched))
 
 
 def wire_of(params: Any) -> Mapping[str, Any] | None:

@@ -1,5 +1,6 @@
 """From text to token ranges. Pure Python: a tokenizer comes in as a callable."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,70 @@ def align(
         return None
     same = all(other.offsets == found[0].offsets for other in found)
     return replace(found[0], counts=same)
+
+
+_PLACEHOLDER = re.compile(r"(<[^<>\s]*>|\[[^\[\]\s]*\])?")
+"""What stands for an image in a prompt's text: one word in brackets, or nothing. If anything else
+were left over, the prompt would be cut there."""
+
+MOST_TOKENS = 64
+"""Tokens of such a word, at most."""
+
+
+def spliced(
+    text: str,
+    token_ids: Sequence[int],
+    held: Sequence[Span],
+    encoded_ids: Sequence[int],
+    encoded_offsets: Offsets,
+) -> Tokenized | None:
+    """Matches a prompt's tokens with those of its text, where some of them stand for images.
+
+    vLLM tokenises the text, and puts an image's tokens in the place of what stands for it there,
+    or between two tokens. What is left must be the text's tokens, in order.
+
+    Args:
+        text: The prompt's text, with a placeholder for each image, or none.
+        token_ids: The prompt's tokens, images in their full length.
+        held: Ranges of ``token_ids`` that stand for images: sorted, disjoint.
+        encoded_ids, encoded_offsets: The text's tokens.
+
+    Returns:
+        None where they do not match. Every token of an image has the characters of its placeholder,
+        or none.
+    """
+    ids, encoded = list(token_ids), list(encoded_ids)
+    ends = [0, *(end for _, end in held)]
+    starts = [*(start for start, _ in held), len(ids)]
+    offsets: list[tuple[int, int]] = []
+    at = 0  # in ``encoded``
+    for i, (start, end) in enumerate(zip(ends, starts, strict=True)):
+        gap, is_between = ids[start:end], 0 < i < len(held)
+        if is_between and not gap:
+            return None  # two images side by side: which text is whose?
+        skipped = _skipped(encoded[at:], gap, is_first=i == 0, is_last=i == len(held))
+        if skipped is None:
+            return None
+        if i > 0:
+            place = (0, 0)
+            if skipped:
+                place = encoded_offsets[at][0], encoded_offsets[at + skipped - 1][1]
+            if not _PLACEHOLDER.fullmatch(text[slice(*place)]):
+                return None
+            offsets += [place] * (held[i - 1][1] - held[i - 1][0])
+        at += skipped
+        offsets += encoded_offsets[at : at + len(gap)]
+        at += len(gap)
+    return Tokenized(text, offsets, (0, len(text)))
+
+
+def _skipped(rest: list[int], gap: list[int], *, is_first: bool, is_last: bool) -> int | None:
+    """How many tokens at the start of ``rest`` are an image's placeholder, before ``gap``."""
+    if is_last:
+        count = len(rest) - len(gap)
+        return count if count >= 0 and rest[count:] == gap else None
+    most = 0 if is_first else min(len(rest) - len(gap), MOST_TOKENS)
+    return next((n for n in range(most + 1) if rest[n : n + len(gap)] == gap), None)
 
 
 def decoded(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> Tokenized:

@@ -5,7 +5,7 @@ of the prompt: alpha outside the emphasised ranges; or, with a share, what each 
 Imports nothing of vllm-pasta.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,19 +146,24 @@ AttentionInterface.register("pasta_oracle", _attention)
 def _bloom_hook(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits."""
+    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits.
+    Those are not known here, so a share cannot be reached."""
+    if _current is not None and _current.share is not None:
+        raise NotImplementedError("a share on Bloom")
     alibi = kwargs["alibi"].clone()
     _add_bias(alibi[None], module.layer_idx, torch.tensor([alibi.shape[-1]], device=alibi.device))
     return args, {**kwargs, "alibi": alibi}
 
 
-def _bloom_probabilities(layer: int, probabilities: torch.Tensor) -> torch.Tensor:
-    """Bloom's attention after the softmax, [1, heads, rows, keys], with its share reached."""
-    if _current is None or _current.share is None:
-        return probabilities
-    logits = probabilities.float().log()
-    _reach_share(logits, layer)
-    return logits.softmax(dim=-1).to(probabilities.dtype)
+def _longer(images: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The same for ``count`` tokens: what says of each token whether it is an image's, [1, tokens],
+    is 0 for generated ones."""
+    return {
+        name: torch.nn.functional.pad(values, (0, count - values.shape[1]))
+        if name.endswith("token_type_ids")
+        else values
+        for name, values in images.items()
+    }
 
 
 class Oracle:
@@ -180,16 +185,16 @@ class Oracle:
         self._recurs = any(kind in RECURRENCES for kind in kinds)
         of_text = config.get_text_config() is config
         loader = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
-        self.model = loader.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager" if bloom else "pasta_oracle"
-        )
+        attention: Any = "eager" if bloom else "pasta_oracle"
+        if not of_text:  # what encodes images has attention of its own
+            attention = {
+                name: attention if getattr(config, name) is config.get_text_config() else "sdpa"
+                for name in config.sub_configs
+            }
+        self.model = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         self.model = self.model.eval().to(device)
         for block in self.model.transformer.h if bloom else ():
-            attention = block.self_attention
-            attention.register_forward_pre_hook(_bloom_hook, with_kwargs=True)
-            attention.attention_dropout.register_forward_hook(  # the first to get the softmax's
-                lambda _, __, output, i=attention.layer_idx: _bloom_probabilities(i, output)
-            )
+            block.self_attention.register_forward_pre_hook(_bloom_hook, with_kwargs=True)
             block.mlp.gelu_impl = torch.nn.GELU()  # as vLLM; transformers approximates it
 
     def generate(
@@ -198,19 +203,25 @@ class Oracle:
         max_tokens: int,
         steering: Steering | None = None,
         stop_ids: Container[int] = (),
+        images: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[list[int], torch.Tensor]:
-        """Greedy tokens, and the log-probabilities each was chosen from: float32 [n, vocab]."""
+        """Greedy tokens, and the log-probabilities each was chosen from: float32 [n, vocab].
+
+        ``images``: what the model's processor makes of the prompt's, the token ids aside.
+        """
         tokens: list[int] = []
         rows: list[torch.Tensor] = []
+        anew = self._recurs or images is not None  # each step: positions count images, too
         with _steering(steering):
-            ids, cache = self._ids(prompt_ids), None if self._recurs else DynamicCache()
+            ids, cache = self._ids(prompt_ids), None if anew else DynamicCache()
             while len(tokens) < max_tokens:
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=not self._recurs)
+                more = _longer(images or {}, ids.shape[1])
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=not anew, **more)
                 rows.append(out.logits[0, -1].float().log_softmax(-1).cpu())
                 tokens.append(int(rows[-1].argmax()))
                 if tokens[-1] in stop_ids:
                     break
-                ids = self._ids([*prompt_ids, *tokens] if self._recurs else tokens[-1:])
+                ids = self._ids([*prompt_ids, *tokens] if anew else tokens[-1:])
         return tokens, torch.stack(rows)
 
     def prompt_logprobs(

@@ -16,7 +16,7 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm_pasta.errors import EmphasisError, HeadSetError
 from vllm_pasta.integration import support
 from vllm_pasta.integration.config import PastaConfig, is_enabled
-from vllm_pasta.integration.frontend import metrics
+from vllm_pasta.integration.frontend import images, metrics
 from vllm_pasta.integration.scheduler import connectors
 from vllm_pasta.request.chat import Reading, read_messages, read_text
 from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, has_emphasis, is_ours
@@ -81,6 +81,7 @@ class Admission:
     Args:
         vllm_config: The engine's.
         get_tokenizer: Gives the engine's tokenizer, or None; called when first needed.
+        get_renderer: Gives vLLM's renderer, or None.
 
     Attributes:
         config: The engine's configuration; None where emphasis is off.
@@ -93,9 +94,16 @@ class Admission:
         ConfigError, HeadSetError: the configuration is malformed or does not fit the model.
     """
 
-    def __init__(self, vllm_config: "VllmConfig", get_tokenizer: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        get_tokenizer: Callable[[], Any],
+        get_renderer: Callable[[], Any] = lambda: None,
+    ) -> None:
         self.config: PastaConfig | None = None
         self.locator = Locator(get_tokenizer)
+        self._get_renderer = get_renderer
+        self._model_config = vllm_config.model_config
         self.shape = ModelShape(0, 0, ())
         self.known: list[str] = []
         self._takes_kv = False
@@ -186,7 +194,12 @@ class Admission:
             return resolution
         except EmphasisError as e:
             metrics.refused(e.field)
+            self.forget(prompt)
             raise AdmissionError(e) from None
+
+    def forget(self, prompt: Mapping[str, Any]) -> None:
+        """Undoes what vLLM keeps of a prompt that will not run."""
+        images.forget(self._get_renderer(), prompt)
 
     def read(
         self,
@@ -276,15 +289,22 @@ class Admission:
             raise EmphasisError("expected a generation request, got a pooling request", field=KEY)
         if resumable:
             raise EmphasisError("a prompt that arrives in parts cannot be emphasised", field=KEY)
-        if prompt.get("type") != "token":
+        if prompt.get("type") not in ("token", "multimodal"):
             raise EmphasisError(
                 f"expected a prompt of tokens, got one of type {prompt.get('type')}", field=KEY
             )
+        pictures = images.images_of(prompt, self._model_config, is_gpu=support.is_gpu())
         markup = self._markup(emphasis)
         if emphasis.markup is None and emphasis.keep_marks is None and not isinstance(text, str):
             markup = Markup()  # the server's default is for text
         located = self.locator.locate(
-            emphasis, markup, prompt["prompt_token_ids"], text, prompt.get(CHAT_KEY), reading
+            emphasis,
+            markup,
+            prompt["prompt_token_ids"],
+            text,
+            prompt.get(CHAT_KEY),
+            reading,
+            pictures,
         )
         heads = self._heads(emphasis.heads, needed=bool(located.marks))
         share, strength_from = self.config.share_of(emphasis)
@@ -298,7 +318,14 @@ class Admission:
         text = None if located.tokenized is None else located.tokenized.text
         index, _ = prompt.get(INDEX_KEY) or (0, 1)
         return Resolution(
-            resolved, located.token_ids, text, located.spans, located.factors, index, strength_from
+            resolved,
+            located.token_ids,
+            text,
+            located.spans,
+            located.factors,
+            index,
+            strength_from,
+            pictures.features,
         )
 
     @staticmethod

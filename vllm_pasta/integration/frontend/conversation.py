@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_pasta.integration.frontend.images import without_images
 from vllm_pasta.integration.patching import Patch
 from vllm_pasta.request.chat import Chat
 from vllm_pasta.request.locate import CHAT_KEY, INDEX_KEY, READING_KEY
@@ -97,7 +98,7 @@ def start_rendering(
 
 def _chat(renderer: Any, messages: Any, chat_params: Any) -> Chat:
     def render(messages: Any) -> str | None:
-        text = renderer.render_messages(messages, chat_params)[1].get("prompt")
+        text = renderer.render_messages(without_images(messages), chat_params)[1].get("prompt")
         return text if isinstance(text, str) else None
 
     return Chat(messages, render)

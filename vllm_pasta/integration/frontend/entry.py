@@ -29,7 +29,11 @@ def start_admission(input_processor: Any) -> Callable[..., Any]:
 
     patching.apply_frontend()
     metrics.counters()
-    admission = Admission(input_processor.vllm_config, lambda: input_processor.tokenizer)
+    admission = Admission(
+        input_processor.vllm_config,
+        lambda: input_processor.tokenizer,
+        lambda: getattr(input_processor, "renderer", None),
+    )
     input_processor.pasta_admission = admission
     if (renderer := getattr(input_processor, "renderer", None)) is not None:
         renderer.pasta_admission = admission
@@ -64,8 +68,12 @@ def _process_inputs(
     request = original(self, request_id, prompt, params, *args, **kwargs)
     params = request.sampling_params or request.pooling_params
     text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    placeholders: dict[str, list[Any]] = {}
+    for feature in request.mm_features or ():
+        placeholders.setdefault(feature.modality, []).append(feature.mm_position)
     rendered = {
         "type": "token" if request.prompt_embeds is None else "embeds",
+        "mm_placeholders": placeholders,
         "prompt_token_ids": request.prompt_token_ids,
         "prompt": text if isinstance(text, str) else None,
     }

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_pasta.errors import EmphasisError
+from vllm_pasta.errors import EmphasisError, show
+from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup, Range
 
 Place = tuple[int, int | None]
@@ -39,6 +40,30 @@ class Chat:
         """Per message, its text parts: ``(index of the part, text)``; the index of a plain string
         is None."""
         return [_text_parts(message) for message in self.messages]
+
+    def chosen(self, mark: Mark) -> list[int]:
+        """Indices of the messages that a mark's ``message`` or ``role`` names.
+
+        Raises:
+            EmphasisError: there is none.
+        """
+        if mark.message is not None:
+            count = len(self.messages)
+            if not -count <= mark.message < count:
+                raise EmphasisError(
+                    f"there are {count} messages (0 to {count - 1}), got {mark.message}",
+                    field=f"{mark.field}.message",
+                )
+            return [mark.message % count]
+        roles = [message.get("role") for message in self.messages]
+        indices = [i for i, role in enumerate(roles) if role == mark.role]
+        if not indices:
+            raise EmphasisError(
+                f"no message of role {show(mark.role)}; there are "
+                f"{', '.join(sorted({show(role) for role in roles}))}",
+                field=f"{mark.field}.role",
+            )
+        return indices
 
 
 @dataclass(frozen=True)

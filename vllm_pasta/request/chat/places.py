@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_pasta.errors import EmphasisError, show
+from vllm_pasta.errors import EmphasisError
 from vllm_pasta.request.chat.alignment import Alignment
 from vllm_pasta.request.chat.messages import Chat, Place, Placed, replaced
 from vllm_pasta.request.marks import Mark
@@ -280,31 +280,16 @@ def _stripped(text: str, part: Range) -> Range:
 
 def _places(chat: Chat, mark: Mark) -> list[tuple[Place, Range]]:
     """Where a mark points: a text, and a range of it."""
-    texts = chat.texts()
-    if mark.message is not None:
-        if not -len(texts) <= mark.message < len(texts):
-            raise EmphasisError(
-                f"there are {len(texts)} messages (0 to {len(texts) - 1}), got {mark.message}",
-                field=f"{mark.field}.message",
-            )
-        indices = [mark.message % len(texts)]
-    else:
-        roles = [message.get("role") for message in chat.messages]
-        indices = [i for i, role in enumerate(roles) if role == mark.role]
-        if not indices:
-            raise EmphasisError(
-                f"no message of role {show(mark.role)}; there are "
-                f"{', '.join(sorted({show(role) for role in roles}))}",
-                field=f"{mark.field}.role",
-            )
+    texts, indices = chat.texts(), chat.chosen(mark)
     if not any(texts[i] for i in indices):
         if mark.message is None:
             raise EmphasisError(f"no message of role {mark.role!r} has text", field=mark.field)
-        calls = chat.messages[indices[0]].get("tool_calls")
-        raise EmphasisError(
-            f"message {indices[0]} has no text" + (": it calls a tool" if calls else ""),
-            field=mark.field,
-        )
+        message, why = chat.messages[indices[0]], ""
+        if message.get("tool_calls"):
+            why = ": it calls a tool"
+        elif message.get("content"):
+            why = '; give `image` for its images, a number or "all"'
+        raise EmphasisError(f"message {indices[0]} has no text{why}", field=mark.field)
     if mark.text is not None and mark.message is None:
         # Of a role's messages, those that have the text are enough; if none has, the last says so.
         having = [i for i in indices if mark.text in "".join(text for _, text in texts[i])]
