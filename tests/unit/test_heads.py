@@ -96,7 +96,12 @@ def test_bundled_fit_their_models():
             assert heads.provenance["note"].startswith("Not measured by this project.")
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B-Base", "/models/qwen3-8b-base/", "Qwen3-8B-Base"])
+SNAPSHOT = f"/cache/hub/models--Qwen--Qwen3-8B-Base/snapshots/{'0123456789' * 4}"
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3-8B-Base", "/models/qwen3-8b-base/", "Qwen3-8B-Base", SNAPSHOT]
+)
 def test_a_set_is_chosen_for_its_model(name):
     served = model(name)
     found = chosen_for(served, bundled())

@@ -12,6 +12,7 @@ several that a server takes for its model where it is told of no heads.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +25,9 @@ from vllm_pasta.request.shape import ModelShape
 
 PUBLISHED = "published"
 """The folder of head sets that others published."""
+
+_SNAPSHOT = re.compile(r"models--[^/]+--([^/]+)/snapshots/[0-9a-f]{40}$")
+"""A model's folder in the hub's cache."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ class Model:
     @property
     def short_name(self) -> str:
         """The last part of ``name``, in lower case: no owner, no folder."""
-        return self.name.rstrip("/").rpartition("/")[2].casefold()
+        name = self.name.rstrip("/")
+        if snapshot := _SNAPSHOT.search(name):  # which vLLM makes of a name where it is offline
+            name = snapshot[1]
+        return name.rpartition("/")[2].casefold()
 
 
 def bundled() -> dict[str, HeadSet]:
