@@ -7,6 +7,7 @@ import gc
 import os
 
 import pytest
+import torch
 import vllm
 from models import random_ids, tiny_model, worded_llama
 
@@ -91,6 +92,16 @@ def test_a_model_without_plain_attention(tmp_path):
     prompt = Prompt(random_ids(24, 1), ((4, 9),), [], [5, 6], [])
     with pytest.raises(PastaError, match=r"plain softmax attention alone.*search full or halving"):
         GradientModel(str(tmp_path)).estimate([prompt], 0.1)
+
+
+def test_estimates_in_bf16(tmp_path):
+    """On a GPU the model stays in its own dtype: nearly the estimates of fp32."""
+    tiny_model(tmp_path, "qwen3")
+    prompts = [Prompt(random_ids(n, n), ((4, 9),), [], [5, 6], []) for n in (24, 30)]
+    exact, model = (GradientModel(str(tmp_path)) for _ in range(2))
+    model._model.to(torch.bfloat16)
+    expected, found = (m.estimate(prompts, 0.1) for m in (exact, model))
+    assert found == pytest.approx(expected, abs=0.2 * max(map(abs, expected.values())))
 
 
 def test_several_tasks_together():
