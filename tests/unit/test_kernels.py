@@ -181,14 +181,11 @@ def share_bias(r: Request, logits: torch.Tensor, hidden: torch.Tensor, k_pos: to
     marked = sum((k_pos >= a) & (k_pos < b) for a, b in r.spans).bool()
     of_marked = weights.masked_fill(~marked, 0.0).sum(-1)
     of_rest = weights.masked_fill(marked | ~prompt, 0.0).sum(-1)
-    factors = torch.ones_like(weights)
-    for row in range(len(weights)):
-        m, rest = float(of_marked[row]), float(of_rest[row])
-        if m > 0 and m / (m + rest) < r.share:
-            factor = max(1e-4, (m / r.share - m) / rest)
-            if factor > 1e-4:  # it is the factor that gives the share
-                assert abs(m / (m + factor * rest) - r.share) < 1e-9
-            factors[row] = torch.where(marked | ~prompt, 1.0, factor)
+    is_short = (of_marked > 0) & (of_marked / (of_marked + of_rest) < r.share)
+    factor = torch.where(is_short, (of_marked / r.share - of_marked) / of_rest, 1.0).clamp(1e-4)
+    reached = of_marked / (of_marked + factor * of_rest)
+    assert (reached[is_short & (factor > 1e-4)] - r.share).abs().lt(1e-9).all()
+    factors = torch.where(marked | ~prompt, 1.0, factor[:, None])
     return factors.log().masked_fill(hidden, float("-inf"))
 
 
@@ -345,14 +342,10 @@ CASES = {
             block_size=64,
         )
         for name, share, options, kind in (
-            ("small", 0.05, {}, {}),  # some rows have it already
-            ("half", 0.5, {}, {}),
-            ("large", 0.95, {"heads": (0, 1, 2, 3)}, {}),
             ("least-factor", 0.99999, {"spans": ((3, 4),)}, {}),
             ("generated", 0.5, {"prompt_len": 130}, {}),
             ("window", 0.5, {}, {"window": 40}),  # some rows see no mark, some nothing else
             ("window-of-generated", 0.7, {"prompt_len": 135}, {"window": 33}),
-            ("sinks", 0.5, {"prompt_len": 130}, SINKS),
             (
                 "all-kinds",
                 0.6,
@@ -366,6 +359,12 @@ CASES = {
             ),
         )
     },
+    "shares": Case(  # some rows have theirs already
+        [
+            replace(r, spans=CUT, share=s)
+            for r, s in zip(CUT_REQUESTS, (0.5, 0.05, 0.95), strict=True)
+        ]
+    ),
     "share-split-keys": Case(
         [decode(4001, spans=((100, 101), (3000, 3100)), prompt_len=3500, share=0.6)]
     ),
