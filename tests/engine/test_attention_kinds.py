@@ -28,6 +28,8 @@ CASES = {
     "longer than the window": Case(OTHER, [(60, 60 + WINDOW + 20)], {0: [0], 3: [2, 3]}),
     "alpha above 1": Case(OTHER, [(100, 120)], ALL, alpha=20.0),
     "shorter than the window": Case(SHORT, [(4, 9)], ALL, max_tokens=2 * WINDOW),
+    # Decoding moves past the second span.
+    "share": Case(LONG, [(20, 30), (165, 180)], ALL, share=0.6, max_tokens=WINDOW + 10),
     "plain beside": Case(OTHER),
 }
 
@@ -113,6 +115,7 @@ def test_prefix_cache(model):
         (replace(steered, spans=[(70, 76)]), 64),
         (replace(steered, spans=[(140, 150)]), 128),
         (replace(steered, heads={1: [2]}), 64),
+        (replace(steered, share=0.5), 64),
         (steered, 192),
     ):
         (request,) = model.llm.generate(

@@ -1,7 +1,9 @@
 """`vllm-pasta eval` and `profile`: prompts, the store, and whole runs against the oracle."""
 
 import contextlib
+import html
 import json
+import re
 import sys
 
 import pytest
@@ -225,6 +227,11 @@ def test_profile_equals_brute_force(command, oracle, prompter):
     assert heads.provenance["requests"] == 48
     with open("heads.md") as report:
         assert f"| {profile['ranking'][0]} |" in report.read()
+    with open("heads.html") as report:
+        page = report.read()
+    for head, score in zip(profile["ranking"], profile["scores"], strict=True):
+        assert re.search(rf"<td>{head}</td><td>{score:.3f}</td>", page)
+    assert is_alone(page)
 
 
 def test_interrupted_and_sharded(command, monkeypatch):
@@ -396,7 +403,28 @@ def test_eval(command):
     assert again == result
     with open("answers.jsonl") as lines:
         assert len(list(lines)) == len(kept)
-    assert "| zero-shot |" in command("eval", *arguments[:-1], "--markdown").out
+    shown = command("eval", *arguments[:-1], "--markdown", "--html", "page.html").out
+    assert "| zero-shot |" in shown
+    with open("page.html") as report:
+        page = report.read()
+    table = [line.strip("| ").split(" | ") for line in shown.splitlines()]
+    cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    assert [line for line in cells if line] == table[2:]
+    (answer,) = (line["text"] for line in kept if line.get("method") == "head:2.3 α=0.1"
+                 and "text" in line)  # fmt: skip
+    assert f">{html.escape(answer, quote=False)}</p>" in page.replace("&#39;", "'")
+    probe = load("counterfact").probes(sample(load("counterfact"), "test", 1).examples[0])[0]
+    assert f"<mark>{probe.emphasis}</mark>" in page
+    assert is_alone(page)
+    assert (
+        "page.html: cannot be written"
+        in command("eval", *arguments[:-1], "--html", "no/page.html", status=1).err
+    )
+
+
+def is_alone(page):
+    """Whether a page needs no other file."""
+    return not re.findall(r"""\s(?:src|href)=["'](?!#)|url\((?!#)|@import""", page)
 
 
 def test_counts_of_a_profiles_heads(command):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,27 @@ def test_documents(command, output, smollm2, capsys):
 def test_unknown_model(capsys):
     assert main(["explain", "--model", "/no/such/model", "--prompt", "a"]) == 1
     assert "no tokenizer there" in capsys.readouterr().err
+
+
+def test_html(explain, tmp_path):
+    """A page with each token once, the emphasised ones with their strength; text stays text."""
+    page = tmp_path / "page.html"
+    prompt = "Name a <b>colour</b> 🌍.\nAnswer in JSON."
+    marks = [{"text": "colour", "alpha": 0.1}, "Answer in JSON."]
+    status, out, _ = explain(
+        "--prompt", prompt, "--emphasis", json.dumps(marks), "--html", str(page)
+    )
+    assert status == 0
+    assert "tokens emphasised" in out
+    text = page.read_text(encoding="utf-8")
+    (shown,) = re.findall(r'<p class="prompt tokens">(.*?)</p>', text, re.DOTALL)
+    assert unescape(re.sub(r"<[^>]+>", "", shown)) == prompt
+    assert re.findall(r"<mark[^>]*>([^<]*)<", shown) == ["colour", "Answer", " in", " JSON", "."]
+    assert '<mark class="weak" title="strength 0.1">colour</mark>' in shown
+    assert not re.findall(r"""(?:src|href)=["']|url\(|@import""", text)
+    status, _, err = explain("--prompt", prompt, "--html", str(tmp_path / "no" / "page.html"))
+    assert status
+    assert "--html" in err
 
 
 def test_images_are_for_engines(explain):

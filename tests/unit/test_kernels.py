@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pasta.errors import ConfigError
+from vllm_pasta.integration.frontend.playground import attention
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch, select
 from vllm_pasta.request.heads import HeadSet
@@ -476,6 +477,35 @@ def test_whole_layer(name, dtype, layout, kernel):
 
 
 STRENGTHS = st.sampled_from((1e-4, 0.01, 0.1, 0.3, 0.5, 0.99, 1.0, 1.3, 4.0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_of_a_prompts_last_row(name):
+    """What the playground shows: the weights, plain and with the factors, give the attention."""
+    case = CASES[name]
+    if case.dtype != torch.float32:
+        case = recast(case, torch.float32, "vec")
+    group = case.num_heads // case.num_kv_heads
+    truth = {steered: case.dense(torch.float64, steered) for steered in (False, True)}
+    for i, r in enumerate(case.requests):
+        if not r.spans:
+            continue
+        last = case.starts[i + 1] - 1
+        plain = reference.row_weights(
+            case.query[last], case.kv_cache, case.block_table[i], r.seq_len, case.attention,
+            case.layout,
+        )  # fmt: skip
+        assert plain.shape == (case.num_heads, r.seq_len + ("sinks" in case.kind))
+        weights = {False: {LAYER: plain.numpy()}}
+        if r.prompt_len in (None, r.seq_len) and r.spans[0][0] < r.seq_len:
+            weights[True] = attention.steered(weights[False], r.emphasis())
+        for steered, by_layer in weights.items():
+            for h in r.heads:
+                values = case.values[i][:, h // group].double()
+                got = torch.as_tensor(by_layer[LAYER][h][: r.seq_len]).double() @ values
+                wanted = truth[steered][last, h]
+                if not wanted.isnan().any():  # else no token that it sees is emphasised
+                    assert torch.allclose(got, wanted, atol=2e-5, rtol=1e-4)
 
 
 @st.composite

@@ -71,11 +71,11 @@ RUN = "model --tasks --examples --seed --data --engine --eager --stop-after --al
     ("command", "arguments"),
     [
         ("demo", "--model --heads --alpha --share --max-tokens --cases --compile --json"),
-        ("explain", "--model --prompt --messages --emphasis --tag --json"),
+        ("explain", "--model --prompt --messages --emphasis --tag --json --html"),
         (
             "eval",
             f"{RUN} --share --methods --head-counts --split --generations --plots --markdown "
-            "--json",
+            "--json --html",
         ),
         ("profile", f"{RUN} --top-k --select --search --likelihood --shard --compare"),
         ("verify", "model --shape --only --runs --logs --json"),
@@ -121,7 +121,13 @@ def test_flags_of_vllm():
     flags.add_plugin_flag(made)
     flags.add_flags(made)
     options = {option for action in made._actions for option in action.option_strings}
-    assert options >= {"--plugin", "--pasta-heads", "--pasta-alpha", "--pasta-share"}
+    assert options >= {
+        "--plugin",
+        "--pasta-heads",
+        "--pasta-alpha",
+        "--pasta-share",
+        "--pasta-playground",
+    }
 
 
 def test_routes_and_header():
@@ -131,9 +137,15 @@ def test_routes_and_header():
     from vllm_pasta.integration.frontend.routes import EmphasisRoutes
 
     app = FastAPI()
+    app.state.args = argparse.Namespace(pasta_playground=True)
     EmphasisRoutes().attach_router(app)
     served = {(method, route.path) for route in app.routes for method in route.methods}
-    assert served >= {("GET", "/v1/emphasis/head_sets"), ("POST", "/v1/emphasis/resolve")}
+    assert served >= {
+        ("GET", "/v1/emphasis/head_sets"),
+        ("POST", "/v1/emphasis/resolve"),
+        ("POST", "/v1/emphasis/attention"),
+        ("GET", "/playground"),
+    }
     assert HEADER in ("x-emphasis", b"x-emphasis")
 
 

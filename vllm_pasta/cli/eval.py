@@ -14,7 +14,7 @@ from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.engine import describe, engine_options, every_head
 from vllm_pasta.profiling.evaluation import Row, evaluate
 from vllm_pasta.profiling.prompts import demonstrations
-from vllm_pasta.profiling.report import plots, tables
+from vllm_pasta.profiling.report import pages, plots, tables
 from vllm_pasta.profiling.store import Store
 from vllm_pasta.tasks import sample
 
@@ -70,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plot how far the model obeys against how far it still does the rest of each task; "
         "the table then has both, and marks what no other method beats in both",
     )  # fmt: skip
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="write a page that needs no other file: the table, plots, and answers side by side",
+    )  # fmt: skip
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--markdown", action="store_true", help="print a Markdown table")
     shown.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -109,6 +113,11 @@ def run(args: argparse.Namespace) -> int:
     if args.pareto:
         plots.pareto(args.pareto, chosen, rows, info["model"])
         table = tables.both(chosen, rows)
+    if args.html:
+        with options.named("--html"):
+            pages.evaluation(args.html, info, chosen, rows, table, [
+                pages.answers(store, task, samples[task.name].examples, asked) for task in chosen
+            ])  # fmt: skip
     if args.json:
         data = {
             name: {"source": s.source, "digest": s.digest, "examples": len(s.examples)}

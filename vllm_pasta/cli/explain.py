@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from vllm_pasta.cli import terminal
 from vllm_pasta.errors import EmphasisError, PastaError
+from vllm_pasta.profiling.report import html
 from vllm_pasta.request.chat import Chat
 from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.head_sets.library import bundled
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--tag", default="emphasis", help="name of the markup tag (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print token ranges as JSON")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a page that shows every token"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     alpha, alpha_from = strength(emphasis)
     if emphasis.share is not None:
         check_share(emphasis.share, "request", located.factors)
+    if args.html:
+        write_html(args.html, tokenizer, located, args.model)
     if args.json:
         report = to_json(tokenizer, located)
         if emphasis.share is None:
@@ -144,6 +150,36 @@ def show(tokenizer: Any, located: Located, stream: TextIO) -> None:
         style="dim",
         soft_wrap=True,
     )
+
+
+def write_html(path: Path, tokenizer: Any, located: Located, model: str) -> None:
+    """Writes a page that shows each token of the prompt, and each emphasised range.
+
+    Raises:
+        PastaError: the file cannot be written.
+    """
+    told = to_json(tokenizer, located)
+    seen = decoded(located.token_ids, tokenizer.decode)
+    factors = {i: alpha for (start, end), alpha in located.strengths for i in range(start, end)}
+    pieces, position = [], 0
+    for i, (_, end) in enumerate(seen.offsets):  # tokens that make up a character share it
+        pieces.append((seen.text[position:end], factors.get(i)))
+        position = max(position, end)
+    ranges = [
+        [f"[{at['tokens'][0]}, {at['tokens'][1]})", f"{at.get('alpha', 1):g}", at["text"]]
+        for at in told["emphasised"]
+    ]
+    intro = (
+        f"{told['emphasised_tokens']} of {told['prompt_tokens']} tokens are emphasised, as "
+        f"{model} tokenises them. A token that lies only partly in a mark counts as a whole."
+    )
+    parts: list[html.Part] = [html.Prompt("The prompt, token by token", pieces)]
+    if ranges:
+        parts.append(html.Table("Where", [["tokens", "strength", "text"], *ranges]))
+    try:
+        html.write(path, "What an emphasis marks", intro, parts)
+    except OSError as e:
+        raise PastaError(f"--html {path}: cannot be written: {e.strerror}") from e
 
 
 def load_tokenizer(model: str) -> Any:

@@ -124,3 +124,43 @@ def gather_kv(
     k, v = (x.reshape(b, n, block_size, head_size).transpose(0, 1).flatten(1, 2) for x in (k, v))
     tokens = slice(start - first * block_size, end - first * block_size)
     return k[:, tokens], v[:, tokens]
+
+
+def row_weights(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_len: int,
+    attention: LayerAttention,
+    layout: str,
+) -> torch.Tensor:
+    """What one query row attends to, in every head, without steering.
+
+    Args:
+        query: ``[num_heads, head_size]``: of the last of the ``seq_len`` tokens.
+        kv_cache: As for `steered_attention`.
+        block_table: int32 ``[max_blocks]``.
+        seq_len: Number of keys.
+        attention: What the layer computes.
+        layout: As for `gather_kv`.
+
+    Returns:
+        float32 ``[num_heads, seq_len]``, whose rows add up to 1. With attention sinks
+        ``[num_heads, seq_len + 1]``: the sink's weight comes last.
+    """
+    num_kv_heads = kv_cache.shape[1]
+    start = max(0, seq_len - (attention.window or seq_len))
+    kv_heads = torch.arange(num_kv_heads)
+    keys, _ = gather_kv(kv_cache, block_table, start, seq_len, kv_heads, layout)
+    grouped = query.float().view(num_kv_heads, -1, query.shape[1])
+    logits = (grouped @ keys.transpose(1, 2) * attention.scale).flatten(0, 1)
+    if attention.soft_cap is not None:
+        logits = (logits / attention.soft_cap).tanh() * attention.soft_cap
+    if attention.alibi_slopes is not None:
+        distance = torch.arange(start, seq_len) - (seq_len - 1)
+        logits += attention.alibi_slopes[:, None] * distance
+    if attention.sinks is not None:
+        logits = torch.cat([logits, attention.sinks[:, None].float()], dim=-1)
+    weights = torch.zeros(len(query), start + logits.shape[1])
+    weights[:, start:] = logits.softmax(dim=-1)
+    return weights

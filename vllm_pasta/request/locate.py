@@ -237,6 +237,32 @@ class Locator:
         with self._lock:
             return "" if self._load() is None else self._decode(token_ids)
 
+    def pieces(self, token_ids: list[int], text: str | None) -> list[str]:
+        """The text of each token; together they are the prompt as the model sees it.
+
+        Of tokens that only together make up a character, the first has it and the others are empty.
+
+        Args:
+            token_ids: The prompt's.
+            text: The prompt's text, if known.
+
+        Returns:
+            As many texts as tokens; none without a tokenizer.
+        """
+        with self._lock:
+            if self._load() is None:
+                return []
+            tokenized = self._tokenize(token_ids, text)
+            found, position = [], tokenized.window[0]
+            for token, (start, end) in zip(token_ids, tokenized.offsets, strict=True):
+                if start == end:  # special, and not in the text
+                    found.append(self._decode([token]))
+                    continue
+                end = max(end, position)
+                found.append(tokenized.text[position:end])
+                position = end
+            return found
+
     def _load(self) -> Any:
         if self._tokenizer is None:
             self._tokenizer = copy.deepcopy(self._get_tokenizer())

@@ -50,6 +50,8 @@ class ResolvedEmphasis:
             strength; a tuple of ones is stored as the empty one. Spans that touch have different
             factors, and none has ``alpha`` (`strongest` makes such).
         share: Least share of the spans, in (0, 1); None where ``alpha`` is the factor itself.
+        watch: A name under which the workers keep what the prompt attends to; None for nearly all
+            requests. It changes nothing else, so it is no part of the wire form that keys are of.
 
     Raises:
         ValueError: there are factors, and not one for each span, or a share beside them.
@@ -61,6 +63,7 @@ class ResolvedEmphasis:
     prompt_len: int
     factors: tuple[float, ...] = ()
     share: float | None = None
+    watch: str | None = None
 
     def __post_init__(self) -> None:
         if self.factors and len(self.factors) != len(self.spans):
@@ -134,6 +137,7 @@ class ResolvedEmphasis:
             prompt_len=wire["prompt_len"],
             factors=tuple(wire.get("factors", ())),
             share=wire.get("share"),
+            watch=wire.get("watch"),
         )
 
 

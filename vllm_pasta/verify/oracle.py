@@ -146,13 +146,19 @@ AttentionInterface.register("pasta_oracle", _attention)
 def _bloom_hook(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits.
-    Those are not known here, so a share cannot be reached."""
-    if _current is not None and _current.share is not None:
-        raise NotImplementedError("a share on Bloom")
+    """Bloom takes no attention function, but adds its ALiBi, [heads, 1, keys], to the logits."""
     alibi = kwargs["alibi"].clone()
     _add_bias(alibi[None], module.layer_idx, torch.tensor([alibi.shape[-1]], device=alibi.device))
     return args, {**kwargs, "alibi": alibi}
+
+
+def _bloom_probabilities(layer: int, probabilities: torch.Tensor) -> torch.Tensor:
+    """Bloom's attention after the softmax, [1, heads, rows, keys], with its share reached."""
+    if _current is None or _current.share is None:
+        return probabilities
+    logits = probabilities.float().log()
+    _reach_share(logits, layer)
+    return logits.softmax(dim=-1).to(probabilities.dtype)
 
 
 def _longer(images: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
@@ -194,7 +200,11 @@ class Oracle:
         self.model = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         self.model = self.model.eval().to(device)
         for block in self.model.transformer.h if bloom else ():
-            block.self_attention.register_forward_pre_hook(_bloom_hook, with_kwargs=True)
+            attention = block.self_attention
+            attention.register_forward_pre_hook(_bloom_hook, with_kwargs=True)
+            attention.attention_dropout.register_forward_hook(  # the first to get the softmax's
+                lambda _, __, output, i=attention.layer_idx: _bloom_probabilities(i, output)
+            )
             block.mlp.gelu_impl = torch.nn.GELU()  # as vLLM; transformers approximates it
 
     def generate(

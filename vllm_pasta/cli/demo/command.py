@@ -3,8 +3,10 @@
 import argparse
 import gc
 import json
+import shlex
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 from vllm_pasta.cli import options, smollm2, terminal
@@ -94,11 +96,28 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
         show(report, results, sys.stdout)
+        print(f"\n{playground(args.model or str(smollm2.model_path()), heads)}")
     return 0
 
 
 def _strength(args: argparse.Namespace) -> dict[str, float]:
     return {"alpha": args.alpha} if args.share is None else {"share": args.share}
+
+
+def playground(model: str, heads: str) -> str:
+    """How to try it in a browser, for people."""
+    serve = [
+        *(Path(sys.executable).with_name("vllm"), "serve", model),
+        *("--plugin", "pasta", "--pasta-playground", "--pasta-heads", heads),
+        *("--max-model-len", 2048, "--enforce-eager"),
+        *(("--dtype", dtype) if (dtype := cpu_dtype()) else ()),
+    ]
+    command = shlex.join(map(str, serve))
+    return (
+        "Mark words yourself, in a browser:\n\n"
+        f"  VLLM_CPU_KVCACHE_SPACE=1 {command}\n\n"
+        "and, once it says that it is up, http://localhost:8000/playground"
+    )
 
 
 def generate(

@@ -12,8 +12,11 @@ from vllm_pasta.request.heads import DEFAULT_ALPHA
 
 STRENGTHS = {"alpha", "share"}
 """Keys of the section ``pasta`` of which one may be given."""
+# What workers need for the playground's look inside; named, since front ends do not import it.
+WATCHER = "vllm_pasta.integration.worker.watch.AttentionWatcher"
 
 MIDDLEWARE = "vllm_pasta.integration.frontend.middleware.EmphasisMiddleware"
+ROUTES = "vllm_pasta.integration.frontend.routes.AttachRoutes"
 
 
 def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,7 @@ def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--pasta-heads``, ``--pasta-alpha`` and ``--pasta-share``."""
+    """Adds ``--pasta-heads``, ``--pasta-alpha``, ``--pasta-share`` and ``--pasta-playground``."""
     group = parser.add_argument_group("vllm-pasta", "Emphasis: steered attention, per request.")
     group.add_argument(
         "--pasta-heads",
@@ -52,21 +55,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="In place of --pasta-alpha: the share of a steered head's attention to the prompt "
         "that marks get at least, above 0 and below 1. Switches emphasis on.",
     )
+    group.add_argument(
+        "--pasta-playground",
+        action="store_true",
+        help="Serve a page at /playground, to mark words and compare answers. Switches emphasis "
+        "on. `vllm serve` alone has it.",
+    )
 
 
 def apply_flags(args: argparse.Namespace, engine_args: Any) -> None:
     """Puts what the flags say into the engine's ``additional_config``, in section ``pasta``, and
     the plugin's middleware into the server's ``--middleware``. Flags win."""
     middleware = getattr(args, "middleware", None)
+    playground = getattr(args, "pasta_playground", False)
     if isinstance(middleware, list) and MIDDLEWARE not in middleware:
         args.middleware = [*middleware, MIDDLEWARE]  # the app is built after the engine
+        if playground:
+            args.middleware.append(ROUTES)
     flags = {
         "heads": getattr(args, "pasta_heads", None),
         "alpha": getattr(args, "pasta_alpha", None),
         "share": getattr(args, "pasta_share", None),
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    if given or KEY in (getattr(args, "plugin", None) or ()):
+    if playground and not engine_args.worker_extension_cls:
+        engine_args.worker_extension_cls = args.worker_extension_cls = WATCHER
+    if given or playground or KEY in (getattr(args, "plugin", None) or ()):
         config = engine_args.additional_config
         section = dict(config.get(KEY) or {})
         if given.keys() & STRENGTHS:  # a flag's strength replaces the configuration's

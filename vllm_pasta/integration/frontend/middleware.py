@@ -175,12 +175,11 @@ def refuse(body: bytes, path: str) -> tuple[bytes, bool]:
     return body, False
 
 
-def refusal(error: Exception) -> JSONResponse:
-    """HTTP 400 in the shape of vLLM's own errors."""
-    status = HTTPStatus.BAD_REQUEST
+def refusal(error: Exception, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> JSONResponse:
+    """A refusal in the shape of vLLM's own errors."""
     detail = {
         "message": str(error),
-        "type": "BadRequestError",
+        "type": "BadRequestError" if status == HTTPStatus.BAD_REQUEST else status.phrase,
         "param": error.field if isinstance(error, EmphasisError) else None,
         "code": status.value,
     }

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steer
 from vllm_pasta.integration.worker.rows import EmphasisRows
+from vllm_pasta.integration.worker.watch import WatchedRow
 from vllm_pasta.kernels.cpu.select import prepare, steered_attention
 from vllm_pasta.steering.plan import StepPlan
 
@@ -26,8 +27,10 @@ class CPUSteeringBuilder(SteeringBuilder):
         self, rows: EmphasisRows, common: CommonAttentionMetadata, metadata: CPUAttentionMetadata
     ) -> StepPlan | None:
         static = rows.plan_of(common)
+        metadata.watched = None
         if static is None:
             return None
+        metadata.watched = WatchedRow.of(rows, metadata)
         return StepPlan.build(
             static, metadata.query_start_loc, metadata.seq_lens, metadata.block_table
         )
@@ -60,6 +63,8 @@ class CPUSteeringImpl(SteeringImpl):
             steered_attention(
                 query, kv_cache, output, plan, heads, self.attention, layer.isa, whole
             )
+        if self.layer_index is not None and attn_metadata is not None and attn_metadata.watched:
+            attn_metadata.watched.see(self.layer_index, query, kv_cache, self.attention, layer.isa)
         return output
 
 

@@ -111,6 +111,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         self._params: list[SamplingParams | None] = []  # by batch row, as metadata last told
         self.is_honoured = False
         self.workspaces: dict[int, Any] = {}
+        self._seen: tuple[str, dict[int, torch.Tensor]] | None = None
         if self.source is Source.SLOTS:  # V2 creates this when the model is loaded
             from vllm_pasta.integration import support  # heavy, and front ends load this module
 
@@ -127,6 +128,24 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
                 num_local_heads=self._num_local_heads,
             )
         return self._plan
+
+    @property
+    def watched(self) -> list[tuple[int, ResolvedEmphasis]]:
+        """The rows of watched requests, of which most batches have none."""
+        return [(row, emphasis) for row, emphasis in self._emphasis.items() if emphasis.watch]
+
+    def seen(self, name: str) -> dict[int, torch.Tensor]:
+        """What the watched request of this name attends to, by layer; empty at first, for the
+        module `watch` to fill. One is kept: another name drops the one before."""
+        if self._seen is None or self._seen[0] != name:
+            self._seen = (name, {})
+        return self._seen[1]
+
+    def take_seen(self, name: str) -> dict[int, torch.Tensor]:
+        """The same, and drops it; empty where there is none of this name."""
+        seen = self.seen(name)
+        self._seen = None
+        return seen
 
     def plan_of(self, metadata: CommonAttentionMetadata) -> StaticPlan | None:
         """The `plan` of the batch whose attention metadata this is.

@@ -1,0 +1,168 @@
+"""Where a prompt's attention goes, plain and emphasised: `POST /v1/emphasis/attention`.
+
+The front end has no weights, so it asks the engine: it runs the prompt twice as requests of its
+own, each for one token, and has the workers keep what the prompt's last row attends to in each
+layer (`vllm_pasta.integration.worker.watch`). That row is the one which the first token of the
+answer comes from. Both requests are scheduled, batched and preempted as any other.
+"""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import SamplingParams
+
+from vllm_pasta.errors import EmphasisError
+from vllm_pasta.integration.frontend.admission import Admitted
+from vllm_pasta.integration.frontend.flags import WATCHER
+from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.resolution import KEY, WIRE_KEY, Resolution, ResolvedEmphasis
+
+MOST_TOKENS = 2048
+"""The longest prompt: the workers keep layers × heads × tokens numbers of it."""
+
+
+def check(vllm_config: Any) -> None:
+    """Checks that this engine's attention can be looked into.
+
+    Raises:
+        EmphasisError: it cannot.
+    """
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    for wrong, why in (
+        (not current_platform.is_cpu(), "it does not run on a CPU"),
+        (vllm_config.use_v2_model_runner, "it runs vLLM's model runner V2"),
+        (parallel.data_parallel_size > 1, "it is data parallel"),
+        (parallel.worker_extension_cls != WATCHER, "it has another worker_extension_cls"),
+    ):
+        if wrong:
+            raise EmphasisError(f"this engine's attention cannot be looked into: {why}", field=KEY)
+
+
+async def look(
+    engine: Any, resolution: Resolution | None, at: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Runs the prompt plain and emphasised, and compares what its last row attends to.
+
+    Args:
+        engine: vLLM's ``EngineClient``.
+        resolution: The request's.
+        at: Layer and head whose weights are told token by token; None means the steered head
+            that attends to the marks by how much more.
+
+    Returns:
+        ``heads``: for each steered head the share of its attention that is on the marks;
+        ``layer``, ``head`` and ``map``: the weights of that head, one for each token of the prompt.
+
+    Raises:
+        EmphasisError: nothing is emphasised, the prompt is too long, or there is no such head.
+    """
+    if resolution is None or resolution.emphasis.is_plain or not resolution.emphasis.heads.layers:
+        raise EmphasisError("nothing is emphasised, so there is nothing to compare", field=KEY)
+    emphasis = resolution.emphasis
+    if emphasis.prompt_len > MOST_TOKENS:
+        raise EmphasisError(
+            f"expected a prompt of at most {MOST_TOKENS} tokens to look into, got "
+            f"{emphasis.prompt_len}",
+            field=KEY,
+        )
+    check(engine.vllm_config)
+    ids = resolution.token_ids
+    # The first token "emphasised" in no head: it steers nothing, and is watched all the same.
+    plain = ResolvedEmphasis(((0, 1),), 1.0, HeadSet(()), len(ids))
+    runs = {
+        "plain": await _watch(engine, ids, plain),
+        "emphasised": steered(await _watch(engine, ids, emphasis), emphasis),
+    }
+    marks = _is_marked(emphasis)
+    heads: list[dict[str, Any]] = [
+        {
+            "layer": layer,
+            "head": head,
+            **{
+                kind: _rounded(float(weights[layer][head][: len(marks)][marks].sum()))
+                for kind, weights in runs.items()
+            },
+        }
+        for layer, of in emphasis.heads.layers
+        for head in of
+    ]
+    most: dict[str, Any] = max(heads, key=lambda told: told["emphasised"] - told["plain"])
+    layer, head = at or (most["layer"], most["head"])
+    if layer not in runs["plain"] or not 0 <= head < len(runs["plain"][layer]):
+        raise EmphasisError(f"this model has no head {head} in layer {layer}", field=KEY)
+    return {
+        "heads": heads,
+        "layer": layer,
+        "head": head,
+        "map": {
+            kind: [_rounded(float(w)) for w in weights[layer][head][: len(marks)]]
+            for kind, weights in runs.items()
+        },
+    }
+
+
+async def _watch(engine: Any, ids: list[int], emphasis: ResolvedEmphasis) -> dict[int, np.ndarray]:
+    """Runs a prompt; by layer, float32 ``[heads, prompt_len]``: what its last row attends to, as if
+    this layer were not steered (those before it are)."""
+    name = f"pasta-{uuid.uuid4()}"
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        detokenize=False,
+        extra_args={WIRE_KEY: Admitted({**emphasis.to_wire(), "watch": name})},
+    )
+    async for _ in engine.generate(TokensPrompt(prompt_token_ids=ids), params, name):
+        pass
+    told = await engine.collective_rpc("pasta_attention", args=(name,))
+    parts: dict[int, list[np.ndarray]] = {}
+    for rank in told:  # of one layer, those of lower ranks have the first heads
+        for layer, count, data in rank:
+            parts.setdefault(layer, []).append(np.frombuffer(data, np.float32).reshape(count, -1))
+    if not parts:
+        raise EmphasisError("this model's attention cannot be looked into", field=KEY)
+    return {layer: np.concatenate(of) for layer, of in parts.items()}
+
+
+def steered(weights: Mapping[int, np.ndarray], emphasis: ResolvedEmphasis) -> dict[int, np.ndarray]:
+    """The weights of a prompt's last row with the steered heads' factors, renormalised.
+
+    Args:
+        weights: By layer, as `row_weights` in `vllm_pasta.kernels.reference` gives them.
+        emphasis: What steers.
+
+    Returns:
+        The same in float64.
+    """
+    marks = _is_marked(emphasis)
+    factors = np.full(emphasis.prompt_len, emphasis.alpha)
+    for (start, end), factor in zip(emphasis.spans, emphasis.span_factors, strict=True):
+        factors[start:end] = factor
+    result = {layer: of.astype(np.float64) for layer, of in weights.items()}
+    for layer, heads in emphasis.heads.layers:
+        for head in heads:
+            row = result[layer][head]
+            if emphasis.share is not None:  # the largest factor that gives the marks their share
+                of_marks = row[: len(marks)][marks].sum()
+                rest = row[: len(marks)][~marks].sum()
+                enough = emphasis.odds * of_marks / max(rest, np.finfo(np.float64).tiny)
+                factors[~marks] = np.clip(enough, emphasis.alpha, 1.0)
+            row[: len(factors)] *= factors  # a sink is no token of the prompt: it is not scaled
+            row /= row.sum()
+    return result
+
+
+def _is_marked(emphasis: ResolvedEmphasis) -> np.ndarray:
+    """Which tokens of the prompt are: bool ``[prompt_len]``."""
+    marked = np.zeros(emphasis.prompt_len, dtype=bool)
+    for start, end in emphasis.spans:
+        marked[start:end] = True
+    return marked
+
+
+def _rounded(weight: float) -> float:
+    return round(weight, 6)
