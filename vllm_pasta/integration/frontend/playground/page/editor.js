@@ -113,6 +113,7 @@ export class Editor {
   #item(mark, i) {
     const marked = this.part.text.slice(mark.start, mark.end);
     const short = marked.length > 60 ? `${marked.slice(0, 40)} … ${marked.slice(-15)}` : marked;
+    const quote = h("q", { className: mark.alpha < 1 ? "weak" : "" }, short);
     const shown = h("output", {}, strength(mark.alpha));
     const slider = h("input", {
       type: "range", min: WEAKEST, max: 0, step: 0.1, value: Math.log10(mark.alpha),
@@ -120,6 +121,7 @@ export class Editor {
       oninput: () => {
         mark.alpha = Number((10 ** Number(slider.value)).toPrecision(2));
         shown.textContent = strength(mark.alpha);
+        quote.className = mark.alpha < 1 ? "weak" : "";
         slider.setAttribute("aria-valuetext", strength(mark.alpha));
         this.errors.delete(i);
         this.#paint();
@@ -137,7 +139,7 @@ export class Editor {
     }, "✕");
     const error = this.errors.get(i);
     return h("li", { className: error ? "wrong" : "" },
-      h("q", {}, short),
+      quote,
       remove,
       h("label", { className: "strength" }, "strength ", slider, shown),
       error ? h("p", { className: "error", role: "alert" }, error) : null);
