@@ -35,7 +35,6 @@ def check(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     for wrong, why in (
         (not current_platform.is_cpu(), "it does not run on a CPU"),
-        (vllm_config.use_v2_model_runner, "it runs vLLM's model runner V2"),
         (parallel.data_parallel_size > 1, "it is data parallel"),
         (parallel.worker_extension_cls != WATCHER, "it has another worker_extension_cls"),
     ):
