@@ -58,8 +58,13 @@ export function change(before, after, caret) {
 /** A position of JavaScript's as a number of characters (code points), as the server counts. */
 export const characters = (text, position) => [...text.slice(0, position)].length;
 
-/** How many times a text holds another, overlapping ones too; counts to two. */
+/**
+ * How many times a text holds another, overlapping ones too; counts to two.
+ *
+ * Canonically equivalent texts are the same text, as they are to the server.
+ */
 export function occurrences(text, part) {
+  [text, part] = [text.normalize(), part.normalize()];
   const first = text.indexOf(part);
   if (first < 0) return 0;
   return text.indexOf(part, first + 1) < 0 ? 1 : 2;
