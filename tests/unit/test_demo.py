@@ -1,7 +1,9 @@
 """The demo's judgements and its layout; the whole command: tests/engine/test_demo_command.py."""
 
+import argparse
 import io
 import json
+import shlex
 import threading
 
 import pytest
@@ -20,7 +22,7 @@ from vllm_pasta.cli.demo.cases import (
     has_json,
     load_cases,
 )
-from vllm_pasta.cli.demo.command import show
+from vllm_pasta.cli.demo.command import playground, show
 from vllm_pasta.cli.terminal import Phase, printable, side_by_side
 from vllm_pasta.errors import PastaError
 
@@ -192,6 +194,25 @@ def test_show(stream, no_color, expected, monkeypatch):
     assert "emphasised ✓ valid JSON" in text
     assert "0/1          1/1" in text
     assert all(cell_len(Text.from_ansi(line).plain) <= 100 for line in text.split("\n"))
+
+
+def test_playground():
+    """The command that opens the page: of this environment, with flags that there are."""
+    from vllm_pasta.integration.frontend import flags
+
+    text = playground("/a model", "heads.json")
+    (line,) = (line for line in text.splitlines() if " serve " in line)
+    _, program, serve, model, *options = shlex.split(line)
+    assert program.endswith("/vllm")
+    assert (serve, model) == ("serve", "/a model")
+    parser = argparse.ArgumentParser()
+    flags.add_plugin_flag(parser)
+    flags.add_flags(parser)
+    given, others = parser.parse_known_args(options)
+    assert (given.plugin, given.pasta_playground) == (["pasta"], True)
+    assert given.pasta_heads == "heads.json"
+    assert not [option for option in others if option.startswith("--pasta")]
+    assert "http://localhost:8000/playground" in text
 
 
 def test_phase_times_and_stops_its_thread():
