@@ -120,6 +120,8 @@ async def _look(request: Request, asked: Any, params: Any, prompts: list[Any]) -
         raise EmphasisError(f"expected the base model to look into, got {asked.model!r:.80}")
     if len(prompts) != 1:
         raise EmphasisError(f"expected one prompt to look into, got {len(prompts)}")
+    if prompts[0].get("type") != "token":
+        raise EmphasisError(f"expected a prompt of text, got one of type {prompts[0].get('type')}")
     if not all(at.get(name, "0").isdecimal() for name in ("layer", "head")):
         raise EmphasisError("expected numbers as ?layer= and &head=")
     head = (int(at["layer"]), int(at["head"])) if {"layer", "head"} <= at.keys() else None
