@@ -252,7 +252,7 @@ class Locator:
         with self._lock:
             if self._load() is None:
                 return []
-            tokenized = self._tokenize(token_ids, text)
+            tokenized = self._tokenize(token_ids, text, Images())
             found, position = [], tokenized.window[0]
             for token, (start, end) in zip(token_ids, tokenized.offsets, strict=True):
                 if start == end:  # special, and not in the text

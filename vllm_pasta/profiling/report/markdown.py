@@ -9,7 +9,7 @@ from vllm_pasta.errors import PastaError
 from vllm_pasta.profiling.estimates import overlap, rank_correlation
 from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.methods import Head, head_name
-from vllm_pasta.profiling.report import plots, tables
+from vllm_pasta.profiling.report import html, pages, plots, tables
 from vllm_pasta.profiling.search.ranking import Profile, rankings
 from vllm_pasta.profiling.search.sizes import HeldOut
 from vllm_pasta.request.heads import HeadSet
@@ -92,7 +92,8 @@ def write(
     held_out: HeldOut,
     compared: str,
 ) -> str:
-    """Writes the report ``OUT.md`` and the heat maps ``OUT.png`` beside the head set.
+    """Writes the report ``OUT.md``, the heat maps ``OUT.png``, and both as a page, ``OUT.html``,
+    beside the head set.
 
     Args:
         out: The head set's file.
@@ -113,19 +114,29 @@ def write(
         f"{info['engine_seconds'] / 60:.1f} minutes, gradients {info['gradient_seconds']:.0f} s; "
         "engine starts are not counted.",
     ]
+    page: list[html.Part] = []
     for task, heads in sets.items():
         of = f"for {task}" if task else f"({info['select']})"
         layers: dict[int, list[int]] = {}
         for layer, head in heads:
             layers.setdefault(layer, []).append(head)
-        lines = [f"- layer {layer}: {', '.join(map(str, of))}" for layer, of in layers.items()]
-        parts.append(f"## {len(heads)} heads {of}\n\nTop {info['top_k']}.\n\n" + "\n".join(lines))
+        lines = [f"layer {layer}: {', '.join(map(str, of))}" for layer, of in layers.items()]
+        title = f"{len(heads)} heads {of}"
+        listed = "\n".join(f"- {line}" for line in lines)
+        parts.append(f"## {title}\n\nTop {info['top_k']}.\n\n{listed}")
+        page.append(html.Lines(title, lines))
     for profile in profiles:
-        parts.append(_best(profile))
+        rows = _best(profile)
+        title, plain = f"{profile.task.name}: the first {len(rows) - 1} heads", profile.plain
+        parts.append(f"## {title}\n\nWithout steering {plain:.3f}.\n\n{tables.markdown(rows)}")
+        page.append(html.Table(title, rows, f"Without steering {plain:.3f}."))
     if held_out:
-        parts.append(_sizes(profiles, held_out))
+        title, rows = "Held-out examples, by number of heads", _sizes(profiles, held_out)
+        parts.append(f"## {title}\n\n{tables.markdown(rows)}")
+        page.append(html.Table(title, rows))
     if compared:
         parts.append(f"## Compared\n\n{compared}")
+        page.append(html.Lines("Compared", compared.splitlines()))
     try:
         plots.heat_map(out.with_suffix(".png"), profiles, info)
         parts.append(f"![Heads by task]({out.with_suffix('.png').name})")
@@ -133,10 +144,12 @@ def write(
         parts.append(f"No heat map: {e}.")
     text = "\n\n".join(parts)
     out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    pages.profile(out.with_suffix(".html"), info, profiles, page)
     return text
 
 
-def _best(profile: Profile) -> str:
+def _best(profile: Profile) -> list[list[str]]:
+    """The first heads of a ranking, as a table."""
     rows = [["head", profile.objective, "change", "examples"]]
     for ranked in profile.ranking[:SHOWN]:
         known = ranked.score is not None
@@ -148,13 +161,11 @@ def _best(profile: Profile) -> str:
                 str(ranked.examples),
             ]
         )
-    return (
-        f"## {profile.task.name}: the first {len(rows) - 1} heads\n\n"
-        f"Without steering {profile.plain:.3f}.\n\n{tables.markdown(rows)}"
-    )
+    return rows
 
 
-def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> str:
+def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> list[list[str]]:
+    """The scores by number of heads, as a table."""
     chosen = [p.task for p in profiles]
     heading: list[str] = []
     lines = []
@@ -162,7 +173,7 @@ def _sizes(profiles: Sequence[Profile], held_out: HeldOut) -> str:
         heading, line = tables.cells(chosen, [_renamed(row) for row in rows])
         size = max(len(row.method.heads) if row.method.heads else 0 for row in rows)
         lines.append(["plain" if k == 0 else f"top {k}: {size} heads, α {alpha:g}", *line[1:]])
-    return "## Held-out examples, by number of heads\n\n" + tables.markdown([heading, *lines])
+    return [heading, *lines]
 
 
 def _renamed(row: Row) -> Row:
