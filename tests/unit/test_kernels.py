@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_pasta.errors import ConfigError
-from vllm_pasta.integration.frontend.playground import attention
+from vllm_pasta.integration.frontend.routes import attention
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch, select
 from vllm_pasta.request.heads import HeadSet

@@ -53,5 +53,5 @@ def _file(name: str) -> Response:
 @cache
 def _page() -> dict[str, bytes]:
     """The page's files by name, read when first asked for."""
-    folder = files(__name__) / "page"
+    folder = files(__package__) / "page"
     return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -26,10 +26,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.integration.config import PastaConfig
-from vllm_pasta.integration.frontend import playground
 from vllm_pasta.integration.frontend.admission import Admission
 from vllm_pasta.integration.frontend.middleware import refusal, rewrite
-from vllm_pasta.integration.frontend.playground.attention import look
+from vllm_pasta.integration.frontend.routes import playground
+from vllm_pasta.integration.frontend.routes.attention import look
 from vllm_pasta.request.emphasis import RETURN_KEY, Emphasis
 from vllm_pasta.request.heads import HeadSet
 from vllm_pasta.request.resolution import LEAST_FACTOR
@@ -45,7 +45,7 @@ class EmphasisRoutes:
         app.add_api_route("/v1/emphasis/head_sets", head_sets, methods=["GET"])
         app.add_api_route("/v1/emphasis/resolve", resolve, methods=["POST"])
         if getattr(getattr(app.state, "args", None), "pasta_playground", False):
-            app.add_api_route("/v1/emphasis/attention", attention, methods=["POST"])
+            app.add_api_route("/v1/emphasis/attention", look_inside, methods=["POST"])
             playground.attach(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -101,7 +101,7 @@ async def resolve(request: Request) -> JSONResponse:
     return await _answer(request, dry_run)
 
 
-async def attention(request: Request) -> JSONResponse:
+async def look_inside(request: Request) -> JSONResponse:
     """Tells where the attention of the body's prompt goes, plain and emphasised."""
     state = request.app.state
     if state.pasta_is_looking:
