@@ -14,6 +14,7 @@ from test_exact import LOGPROB_TOLERANCE, Case, check, run
 from vllm import SamplingParams
 
 from vllm_pasta.errors import EmphasisError
+from vllm_pasta.profiling.engine import every_head
 from vllm_pasta.verify.oracle import Oracle
 
 SHORT, LONG, OTHER = random_ids(24, 1), random_ids(200, 3), random_ids(140, 4)
@@ -114,6 +115,13 @@ def test_layers_without_heads_are_refused(model):
     params = SamplingParams(max_tokens=1, extra_args={"emphasis": emphasis})
     with pytest.raises(EmphasisError, match=r"layer 0 has no attention heads.*heads: 1, 3"):
         model.llm.generate({"prompt_token_ids": SHORT}, params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_profiles_ask_attention_heads_alone(kind, tmp_path):
+    """What `vllm-pasta profile` steers, one by one."""
+    heads = every_head(str(tiny_model(tmp_path, kind)))
+    assert heads == [(layer, head) for layer in LAYERS[kind] for head in range(4)]
 
 
 @pytest.mark.parametrize("kind", BF16)
