@@ -139,7 +139,7 @@ def tile(
 
     Args:
         group_size: Query heads of a KV head.
-        head_size: Of the keys and values.
+        head_size: Of the keys.
         element_size: Bytes of one of the query's numbers.
         decodes: Whether each request has one row.
         crowded: Whether there are more than `NUM_PROGRAMS` pairs of requests and KV heads.
@@ -148,6 +148,9 @@ def tile(
     width = triton.next_power_of_2(head_size)
     keys = max(16, min(16384 // (width * element_size), 64))
     small = max(16, min(8192 // (width * element_size), 32))
+    if width > 256:  # a tile of 16 keys fills what others have for 64
+        pairs = max(MIN_BLOCK_M, triton.next_power_of_2(group_size)) if decodes else 16
+        return Tile(pairs, keys, 4, 2, None)
     if decodes:
         pairs = max(MIN_BLOCK_M, triton.next_power_of_2(group_size))
         return Tile(pairs, small, 4, 2, 64) if crowded else Tile(pairs, keys, 4, 3, None)
@@ -169,24 +172,27 @@ def steered_attention(
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     lse: torch.Tensor | None = None,
     lse_in_base_2: bool = False,
+    value_at: int | None = None,
 ) -> None:
     """Overwrites the steered (row, head) pairs of ``output``; touches nothing else.
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``; fp32, bf16 or fp16.
-        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, a key and then a value
-            in each row, in any strides but contiguous rows; the query's dtype, or fp8 (e4m3, e5m2)
-            with ``scales``.
-        output: ``[num_tokens, num_heads, head_size]``; the plain attention's, written in place.
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, head_size + value_size]``, a key and then
+            a value in each row (but see ``value_at``), in any strides but contiguous rows; the
+            query's dtype, or fp8 (e4m3, e5m2) with ``scales``.
+        output: ``[num_tokens, num_heads, value_size]``; the plain attention's, written in place.
         buffers: The steered requests; `SteeringBuffers.show` was told this step's.
         layer: Counted over the whole model.
         batch: The step's requests.
         attention: What the layer computes.
-        workspace: Of this head size; launches on one stream may share one.
+        workspace: Of this value size; launches on one stream may share one.
         scales: float32, one element each; what fp8 keys and values are multiplied by.
         lse: float32 ``[num_tokens, num_heads]`` in any strides; logarithm of the plain attention's
             sum of weights. None: not known. Not used where the layer has sinks.
         lse_in_base_2: Whether that is the logarithm in base 2, and not the natural one.
+        value_at: Where in a row of the cache the value begins. None: behind the key. In a latent
+            cache a value is the first part of its key, so 0, and all KV heads are the same rows.
 
     Raises:
         ValueError: says what was expected and what came.
@@ -194,9 +200,10 @@ def steered_attention(
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
     num_requests = len(batch.seq_lens)
+    value_at = head_size if value_at is None else value_at
     align = _check(
         *((x.dtype, x.shape[1:], x.stride()) for x in (query, output, kv_cache)),
-        num_requests, len(buffers.records), scales is not None,
+        value_at, num_requests, len(buffers.records), scales is not None,
         (attention.scale, attention.window, attention.soft_cap),
     )  # fmt: skip
     if attention.sinks is not None:
@@ -231,6 +238,8 @@ def steered_attention(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group_size,
         HEAD=head_size,
+        VALUE=output.shape[2],
+        VALUE_AT=value_at,
         BLOCK_SIZE=block_size,
         ALIGN=align,
         MAX_REQUESTS=triton.next_power_of_2(len(buffers.records)),
@@ -257,6 +266,7 @@ def warm_up(
     dtype: torch.dtype,
     fp8: torch.dtype | None = None,
     lse_in_base_2: bool | None = None,
+    value: tuple[int, int] | None = None,
 ) -> None:
     """Compiles and loads all kernels that layers of a kind may launch, unless that is done.
 
@@ -267,18 +277,22 @@ def warm_up(
 
     Args:
         buffers: The engine's; nothing of them is shown.
-        workspace: Of this head size; keeps which kinds are done.
+        workspace: Of this value size; keeps which kinds are done.
         attention: What the layers compute.
         heads: Query heads and KV heads of this rank, and head size.
         block_size: Rows of a block of the KV cache.
         dtype: Of query and output.
         fp8: Of keys and values, where they are not of ``dtype``.
         lse_in_base_2: As for `steered_attention`; None: the log-sum-exp is not given.
+        value: Size of a value, and where it begins in a row of the cache; None: as a key, behind
+            it.
     """
     num_heads, num_kv_heads, head_size = heads
+    value_size, value_at = value or (head_size, head_size)
     kind = (
         attention.scale, attention.window, attention.soft_cap, attention.alibi_slopes is None,
         attention.sinks is None, heads, block_size, dtype, fp8, lse_in_base_2,
+        value,
     )  # fmt: skip
     if kind in workspace.warm:
         return
@@ -286,18 +300,20 @@ def warm_up(
     buffers.hide()
     device = buffers.device
     cache = torch.zeros(
-        1, num_kv_heads, block_size, 2 * head_size, dtype=fp8 or dtype, device=device
-    )
+        (1, num_kv_heads, block_size, max(head_size, value_at + value_size)),
+        dtype=fp8 or dtype, device=device,
+    )  # fmt: skip
     one = torch.ones(1, device=device)
     crowd = min(len(buffers.records), NUM_PROGRAMS // num_kv_heads + 1)
     for count, max_query_len in ((1, 1), (crowd, 1), (1, 2)):
         query = torch.zeros(count, num_heads, head_size, dtype=dtype, device=device)
         zeros = torch.zeros(count + 1, dtype=torch.int32, device=device)
         steered_attention(
-            query, cache, torch.zeros_like(query), buffers, 0,
+            query, cache, query.new_zeros(count, num_heads, value_size), buffers, 0,
             Batch(zeros, zeros[:count], zeros[:count, None], max_query_len), attention, workspace,
             None if fp8 is None else (one, one),
             None if lse_in_base_2 is None else query[..., 0].float(), bool(lse_in_base_2),
+            value_at,
         )  # fmt: skip
 
 
@@ -306,6 +322,7 @@ def _check(
     query: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]],
     output: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]],
     kv_cache: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]],
+    value_at: int,
     num_requests: int,
     num_slots: int,
     has_scales: bool,
@@ -321,16 +338,18 @@ def _check(
         What all strides of rows are multiples of, and the kernel may count on: 16, 8 or 1 numbers.
     """
     (dtype, heads, q_stride), (cache_dtype, cache, kv_stride) = query, kv_cache
-    o_stride = output[2]
+    value, o_stride = output[1][1], output[2]
     fp8 = cache_dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
     expected = {
-        "query and output of one shape": heads == output[1],
-        "kv_cache [num_blocks, num_kv_heads, block_size, 2 * head_size]": (
-            len(cache) == 3 and cache[2] == 2 * heads[1]
+        "query and output of one dtype and number of heads": (
+            dtype == output[0] and heads[0] == output[1][0]
+        ),
+        "kv_cache [num_blocks, num_kv_heads, block_size, head_size + value_size]": (
+            len(cache) == 3 and cache[2] == max(heads[1], value_at + value)
         ),
         "rows contiguous in the last dimension": q_stride[-1] == o_stride[-1] == kv_stride[-1] == 1,
         "heads of a query and an output row beside each other": (
-            q_stride[1] == o_stride[1] == heads[1]
+            q_stride[1] == heads[1] and o_stride[1] == value
         ),
         "a KV cache in the query's dtype, or fp8 with scales": (
             fp8 if has_scales else cache_dtype == dtype

@@ -174,7 +174,8 @@ def _attend(
     head, position, slopes, merges, part, parts, num_groups, prompt_len, log_alpha,
     begin_key, end_key, stride_block, stride_kv_row,
     SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_AT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ALIBI: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile's pairs to a part of the wanted keys.
@@ -186,7 +187,7 @@ def _attend(
         others as far as they are wanted.
     """
     HAS_SCALES: tl.constexpr = key_scale is not None
-    dim = tl.arange(0, WIDTH)
+    dim, value_dim = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     is_dim = dim < HEAD
     # Second in the chain: the first tile's blocks; query, plain output and log-sum-exp.
     entries = tl.arange(0, BLOCK_N)
@@ -212,7 +213,7 @@ def _attend(
         total += 1.0
     marked = tl.zeros([BLOCK_M], tl.float32)
     rest = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    acc = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
     for group in range(0, num_groups):
         turn = (part + group) % parts  # others are first where the next group begins
         for entry in range(start + turn * BLOCK_N, stop, parts * BLOCK_N):
@@ -221,10 +222,11 @@ def _attend(
             key = _key(u, s1, e0, s2, e1, s3, e2, prompt_len, e3, c0, c1, c2, c3, base)
             is_key = (u < stop) & (key >= begin_key)
             at_key = page.to(tl.int64) * stride_block + (key % BLOCK_SIZE) * stride_kv_row
-            pointers = cached + at_key[:, None] + dim[None, :]
+            rows = cached + at_key[:, None]
             is_cell = is_key[:, None] & is_dim[None, :]
-            keys = tl.load(pointers, mask=is_cell, other=0.0)
-            values = tl.load(pointers + HEAD, mask=is_cell, other=0.0)
+            keys = tl.load(rows + dim[None, :], mask=is_cell, other=0.0)
+            is_cell = is_key[:, None] & (value_dim < VALUE)[None, :]
+            values = tl.load(rows + VALUE_AT + value_dim[None, :], mask=is_cell, other=0.0)
             v = u + parts * BLOCK_N
             next_key = _key(v, s1, e0, s2, e1, s3, e2, prompt_len, e3, c0, c1, c2, c3, base)
             page = tl.load(table + next_key // BLOCK_SIZE, mask=v < stop, other=0)
@@ -291,10 +293,11 @@ def steer(
     num_requests, heads_at, stride_record, stride_slot, stride_table, stride_q, stride_o,
     stride_block, stride_kv_head, stride_kv_row, stride_lse_row, stride_lse_head,
     SCALE: tl.constexpr, LSE_SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ALIGN: tl.constexpr, MAX_REQUESTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SHARE: tl.constexpr, PART_ROWS: tl.constexpr, ALONE: tl.constexpr,
-    MAX_GAIN: tl.constexpr, IS_DECODE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr,
+    VALUE_AT: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
+    MAX_REQUESTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARE: tl.constexpr, PART_ROWS: tl.constexpr, ALONE: tl.constexpr, MAX_GAIN: tl.constexpr,
+    IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     """Steers one KV head's query heads in a block of rows of one request.
 
@@ -305,6 +308,7 @@ def steer(
     HAS_LSE: tl.constexpr = lse is not None
     HAS_ALIBI: tl.constexpr = alibi_slopes is not None
     WIDTH: tl.constexpr = triton.next_power_of_2(HEAD)
+    VALUE_WIDTH: tl.constexpr = triton.next_power_of_2(VALUE)
     # Told in units of ALIGN, so that the compiler knows what they are multiples of.
     stride_q, stride_o, stride_block = stride_q * ALIGN, stride_o * ALIGN, stride_block * ALIGN
     stride_kv_head, stride_kv_row = stride_kv_head * ALIGN, stride_kv_row * ALIGN
@@ -348,8 +352,8 @@ def steer(
     table = block_table + request.to(tl.int64) * stride_table
     slot_groups = groups + tl.load(record + _SLOT).to(tl.int64) * stride_slot
     cached = kv_cache + kv_head.to(tl.int64) * stride_kv_head
-    dim = tl.arange(0, WIDTH)
-    is_dim = dim < HEAD
+    dim, value_dim = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+    is_dim, is_value = dim < HEAD, value_dim < VALUE
 
     first_tile, num_tiles, step = 0, 1, 1
     if not IS_DECODE:
@@ -388,13 +392,13 @@ def steer(
             position = computed + row
             token = (begin_row + row).to(tl.int64)
             is_loaded = is_pair[:, None] & is_dim[None, :]
-            of_head = head[:, None] * HEAD + dim[None, :]
-            q_at = query + token[:, None] * stride_q + of_head
-            to = output + token[:, None] * stride_o + of_head
+            q_at = query + token[:, None] * stride_q + head[:, None] * HEAD + dim[None, :]
+            is_stored = is_pair[:, None] & is_value[None, :]
+            to = output + token[:, None] * stride_o + head[:, None] * VALUE + value_dim[None, :]
             if HAS_LSE:
                 at_lse = lse + token * stride_lse_row + head * stride_lse_head
                 if IS_DECODE:  # in good time
-                    plain = tl.load(to, mask=is_loaded, other=0.0)
+                    plain = tl.load(to, mask=is_stored, other=0.0)
                     plain_lse = tl.load(at_lse, mask=is_pair, other=0.0)
             slopes = position.to(tl.float32)
             if HAS_ALIBI:
@@ -406,28 +410,28 @@ def steer(
                     q_at, is_loaded, cached, table, record, slot_groups, sinks, key_scale,
                     value_scale, head, position, slopes, merges, part, parts, num_groups,
                     prompt_len, log_alpha, begin_key, end_key, stride_block, stride_kv_row,
-                    SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_ALIBI,
-                    SHARES=True,
+                    SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, VALUE, VALUE_WIDTH, VALUE_AT, BLOCK_SIZE,
+                    BLOCK_M, BLOCK_N, HAS_ALIBI, SHARES=True,
                 )  # fmt: skip
             else:
                 largest, total, acc, marked, rest = _attend(
                     q_at, is_loaded, cached, table, record, slot_groups, sinks, key_scale,
                     value_scale, head, position, slopes, merges, part, parts, num_groups,
                     prompt_len, log_alpha, begin_key, end_key, stride_block, stride_kv_row,
-                    SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_ALIBI,
-                    SHARES=False,
+                    SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, VALUE, VALUE_WIDTH, VALUE_AT, BLOCK_SIZE,
+                    BLOCK_M, BLOCK_N, HAS_ALIBI, SHARES=False,
                 )  # fmt: skip
             is_done = parts == 1
             if parts > 1:
                 # Each leaves its part; who comes last puts all of them together. The atomic's own
                 # ordering, between the barriers, makes what the others left visible.
-                states = sums + PART_ROWS * WIDTH
+                states = sums + PART_ROWS * VALUE_WIDTH
                 shared = states + 2 * PART_ROWS
                 pair = tl.arange(0, BLOCK_M)
                 unit = block * NUM_KV_HEADS + kv_head
                 first_part = unit * tl.num_programs(2)
                 own = (first_part + part) * BLOCK_M + pair
-                tl.store(sums + own[:, None] * WIDTH + dim[None, :], acc)
+                tl.store(sums + own[:, None] * VALUE_WIDTH + value_dim[None, :], acc)
                 tl.store(states + 2 * own, largest)
                 tl.store(states + 2 * own + 1, total)
                 tl.store(shared + 2 * own, marked, mask=is_pair & shares)
@@ -441,13 +445,14 @@ def steer(
                     total = tl.zeros([BLOCK_M], tl.float32)
                     marked = tl.zeros([BLOCK_M], tl.float32)
                     rest = tl.zeros([BLOCK_M], tl.float32)
-                    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+                    acc = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
                     for other_part in range(parts):
                         other = (first_part + other_part) * BLOCK_M + pair
                         other_largest = tl.load(states + 2 * other, cache_modifier=".cg")
                         other_total = tl.load(states + 2 * other + 1, cache_modifier=".cg")
                         other_acc = tl.load(
-                            sums + other[:, None] * WIDTH + dim[None, :], cache_modifier=".cg"
+                            sums + other[:, None] * VALUE_WIDTH + value_dim[None, :],
+                            cache_modifier=".cg",
                         )
                         new_largest = tl.maximum(largest, other_largest)
                         relative = _finite(new_largest)
@@ -469,7 +474,7 @@ def steer(
                     # In units of the larger of two weights: the largest of those that were gone
                     # over, and the sum of all.
                     if not (HAS_LSE and IS_DECODE):
-                        plain = tl.load(to, mask=is_loaded, other=0.0)
+                        plain = tl.load(to, mask=is_stored, other=0.0)
                     if HAS_LSE:
                         if not IS_DECODE:
                             plain_lse = tl.load(at_lse, mask=is_pair, other=0.0)
@@ -494,7 +499,7 @@ def steer(
                     total = factor * of_all + (1 - factor) * total
                 elif HAS_LSE and merges:
                     if not IS_DECODE:
-                        plain = tl.load(to, mask=is_loaded, other=0.0)
+                        plain = tl.load(to, mask=is_stored, other=0.0)
                         plain_lse = tl.load(at_lse, mask=is_pair, other=0.0)
                     # Relative to the larger of the two parts, so that neither overflows.
                     log_rest = _float(record + _LOG_REST) * _LOG2E
@@ -517,8 +522,8 @@ def steer(
                                 key_scale, value_scale, head, position, slopes,
                                 way < 0, 0, 1, num_groups, prompt_len, log_alpha,
                                 begin_key, end_key, stride_block, stride_kv_row,
-                                SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, BLOCK_SIZE, BLOCK_M,
-                                BLOCK_N, HAS_ALIBI, SHARES=False,
+                                SCALE, SOFT_CAP, WINDOW, HEAD, WIDTH, VALUE, VALUE_WIDTH,
+                                VALUE_AT, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_ALIBI, SHARES=False,
                             )  # fmt: skip
                 result = acc / total[:, None]
-                tl.store(to, result.to(output.dtype.element_ty), mask=is_loaded)
+                tl.store(to, result.to(output.dtype.element_ty), mask=is_stored)
