@@ -37,6 +37,13 @@ _GPU = (
     (f"{_BACKENDS}.flashinfer", "FlashInferMetadataBuilder", "FlashInferImpl"),
     (f"{_BACKENDS}.triton_attn", "TritonAttentionMetadataBuilder", "TritonAttentionImpl"),
 )
+_LATENT = "vllm.model_executor.layers.attention.mla_attention"
+_MLA = (
+    (_LATENT, "MLACommonMetadataBuilder", "MLACommonBaseImpl"),
+    (f"{_BACKENDS}.mla.cpu_mla", "MLACommonMetadataBuilder", "CPUMLAImpl"),
+    (f"{_BACKENDS}.mla.amx_mla", "AMXMLAMetadataBuilder", "AMXMLAImpl"),
+    (f"{_BACKENDS}.mla.triton_mla", "TritonMLAMetadataBuilder", "TritonMLAImpl"),
+)
 _ANY = ("vllm.v1.attention.backend", "AttentionMetadataBuilder", "AttentionImpl")
 CALLED_ANYWHERE = {"__init__", "generate", "kernel"}
 """Names of wrapped methods that vLLM's classes share: their calls say nothing about the target."""
@@ -50,8 +57,9 @@ BY_NAME = {
 """Modules of vLLM that import a wrapped function by name and need no patch of their own: why."""
 
 MIXED_INTO = {
-    "SteeringBuilder": [(module, builder) for module, builder, _ in (_CPU, *_GPU, _ANY)],
-    "SteeringImpl": [(module, impl) for module, _, impl in (_CPU, *_GPU, _ANY)],
+    "SteeringBuilder": [(module, builder) for module, builder, _ in (_CPU, *_GPU, *_MLA, _ANY)],
+    "SteeringImpl": [(module, impl) for module, _, impl in (_CPU, *_GPU, *_MLA, _ANY)],
+    "MLASteeringImpl": [(module, impl) for module, _, impl in _MLA],
     "CPUSteeringImpl": [(_CPU[0], _CPU[2])],
     "GPUSteeringBuilder": [(module, builder) for module, builder, _ in (*_GPU, _ANY)],
     "GPUSteeringImpl": [(module, impl) for module, _, impl in _GPU],

@@ -11,7 +11,7 @@ from pathlib import Path
 from tools import registry
 from vllm_pasta.integration.attach import PATCHES
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, LAYERS, Refusal
+from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, LAYERS, MLA_LAYER, Refusal
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +35,7 @@ def refusals() -> str:
 
     rows = [row(refusal, "") for refusal in (*ENGINE, *LAYERS)]
     rows += [row(refusal, "a layer ") for refusal in (*BACKEND, *LAYER)]
+    rows += [row(refusal, "an MLA layer ") for refusal in MLA_LAYER]
     return _table("| feature | with emphasis | on | test |", rows)
 
 

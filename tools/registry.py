@@ -36,7 +36,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from vllm_pasta.integration.refusals import ENGINE, LAYER, Engine, Layer
+from vllm_pasta.integration.refusals import ENGINE, LAYER, MLA_LAYER, Engine, Layer
 
 MAPS = {
     "text": registry._TEXT_GENERATION_MODELS,
@@ -55,7 +55,7 @@ _MODULES = ("vllm.model_executor.models.", "vllm.models.", "vllm.model_executor.
 
 _TESTS = {
     "decoders": "tests/engine/test_attention_kinds.py::test_mixed_batch",
-    f"decoders, {_MLA}": ("tests/engine/test_admission.py::test_model_that_cannot_be_steered"),
+    f"decoders, {_MLA}": "tests/engine/test_mla.py::test_mixed_batch",
     "hybrid models": "tests/engine/test_hybrid.py::test_mixed_batch",
     "hybrid models with MLA": "tests/engine/test_admission.py::test_model_that_cannot_be_steered",
     "multimodal models": "tests/engine/test_multimodal.py::test_mixed_batch",
@@ -139,12 +139,12 @@ def _verdict(name: str) -> Verdict:
     engine = _engine(info, config, kinds)
     layers = {layer for layer in kinds if _is_built(layer, engine, config)}
     reasons = [refusal.id for refusal in ENGINE if refusal.device is None and refusal.holds(engine)]
-    kind_of_layer = next(refusal for refusal in LAYER if refusal.id == "layer-kind")
-    reasons += [
-        kind_of_layer.id
-        for layer in layers
-        if not issubclass(layer, MambaBase) and kind_of_layer.holds(Layer(object.__new__(layer)))
-    ]
+    kinds_of_layers = {refusal.id: refusal for refusal in (*LAYER, *MLA_LAYER)}
+    for layer in layers:
+        is_latent = issubclass(layer, MLAAttention)
+        refusal = kinds_of_layers["mla-layer-kind" if is_latent else "layer-kind"]
+        if not issubclass(layer, MambaBase) and refusal.holds(Layer(object.__new__(layer))):
+            reasons.append(refusal.id)
     return Verdict(
         reasons[0] if reasons else ACCEPTED,
         frozenset(layer.__name__ for layer in layers),
@@ -198,8 +198,8 @@ def _is_built(layer: type, engine: Engine, config: PreTrainedConfig | None) -> b
         return engine.model.use_mla
     if issubclass(layer, RSWAAttention):
         return engine.model.rswa_window is not None
-    if "Indexer" in layer.__name__ and config is not None:
-        return hasattr(config.get_text_config(), "index_topk")
+    if "Indexer" in layer.__name__:  # which checkpoints with one say, of whatever architecture
+        return config is not None and hasattr(config.get_text_config(), "index_topk")
     return True
 
 
@@ -220,8 +220,13 @@ def _default_config(name: str) -> PreTrainedConfig | None:
     model_type = _model_types().get(name)
     if model_type is None:
         return None
+    # vLLM reads some types with a class of its own, or with that of another type, which has the
+    # checkpoint's fields then, but not their defaults.
     known = _CONFIG_REGISTRY if model_type in _CONFIG_REGISTRY else CONFIG_MAPPING
-    return known[model_type]()
+    config = known[model_type]()
+    if config.model_type != model_type and model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[model_type]()
+    return config
 
 
 def _layer_classes(model_class: type) -> set[type]:

@@ -1,7 +1,8 @@
 """Attention of every kind that is supported: tiny random models of real architectures, in fp32.
 
 Windowed and full layers mixed (several KV cache groups), soft caps, sinks, ALiBi, normalised
-queries and keys, grouped queries, layers that use another's KV cache, head sizes 32 to 256.
+queries and keys, grouped queries, head counts that differ by layer, layers that use another's KV
+cache, head sizes 32 to 256.
 Prompts are longer than the window of 40 tokens and come in chunks of 64.
 """
 
@@ -54,8 +55,9 @@ class Model:
             max_num_batched_tokens=64,
         )
         self.oracle = Oracle(folder)
-        num_layers = self.oracle.model.config.num_hidden_layers
-        everywhere = {layer: [0, 1, 2, 3] for layer in range(num_layers)}
+        config = self.oracle.model.config
+        counts = getattr(config, "num_attention_heads_per_layer", [4] * config.num_hidden_layers)
+        everywhere = {layer: list(range(count)) for layer, count in enumerate(counts)}
         self.cases = {
             name: replace(case, heads=everywhere) if case.heads is ALL else case
             for name, case in CASES.items()
@@ -131,6 +133,7 @@ GROUPS = {  # window and block size of each KV cache group
     "gemma3_text": {(WINDOW, 32), (None, 32)},
     "gemma4_text": {(WINDOW, 64), (None, 32)},
     "gpt_oss": {(WINDOW, 32), (None, 32)},
+    "laguna": {(WINDOW, 32), (None, 32)},
 }
 
 
@@ -150,8 +153,18 @@ def test_what_was_tested(model):
     assert any(impl.logits_soft_cap for impl in impls) == (model_type == "gemma2")
     assert any(impl.sinks is not None for impl in impls) == (model_type == "gpt_oss")
     assert any(impl.alibi_slopes is not None for impl in impls) == (model_type == "bloom")
+    assert {impl.num_heads for impl in impls} == ({4, 6} if model_type == "laguna" else {4})
     sharing = [impl.kv_sharing_target_layer_name for impl in impls]
     assert any(sharing) == (model_type == "gemma4_text")
+
+
+def test_heads_that_a_layer_does_not_have(model):
+    """Checked against the layer's own count."""
+    if model.oracle.model.config.model_type != "laguna":
+        pytest.skip("layers do not differ")
+    for layer, head, reason in ((0, 6, "6 query heads"), (1, 4, "4 query heads .* in this layer")):
+        with pytest.raises(ValueError, match=f"layer {layer}, head {head} is out.*{reason}"):
+            run(model.llm, [Case(SHORT, [(4, 9)], {layer: [head]})])
 
 
 def test_chunked_local_attention_is_refused(tmp_path):

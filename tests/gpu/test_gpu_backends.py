@@ -295,23 +295,30 @@ def test_v1_rows(config, monkeypatch):
     assert slots(removed=[1, 2]) == [None, None, None]
 
 
-def test_layers_of_other_backends(config):
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Own", "Own, which is not vllm-pasta's.*FLASH_ATTN"),
+        ("TritonAttentionDiffKVImpl", "for values of another size than keys"),
+    ],
+)
+def test_layers_of_other_backends(kind, words, config):
     """Found when the model is loaded, wherever the backend comes from."""
     layers = get_layers_from_vllm_config(config, Attention)
     name, layer = next(iter(layers.items()))
     other = copy(layer)
-    other.impl = SimpleNamespace()
+    other.impl = type(kind, (), {})()
     compilation = copy(config.compilation_config)
     compilation.static_forward_context = {**compilation.static_forward_context, name: other}
     config.compilation_config = compilation
-    with pytest.raises(
-        UnsupportedError,
-        match=f"layer {name} has SimpleNamespace, which is not vllm-pasta's.*FLASH_ATTN",
-    ):
+    with pytest.raises(UnsupportedError, match=f"layer {name} has .*{words}"):
         rows.EmphasisRows(config, None)
 
 
 REFUSED = {
+    "MLA attention, which on a GPU is steered over the attention backend TRITON_MLA": {
+        "model_config": {"model_arch_config": {"is_deepseek_mla": True}}
+    },
     "the attention backend is FLEX_ATTENTION": {"attention_config": {"backend": "FLEX"}},
     "pipeline parallel with Model Runner V2": {"parallel_config": {"pipeline_parallel_size": 2}},
     "context parallel": {"parallel_config": {"decode_context_parallel_size": 2}},
@@ -373,7 +380,7 @@ def test_option():
 @pytest.mark.parametrize(
     ("where", "attribute", "value", "reason"),
     [
-        ("layer", "head_size", 512, "head size 512, above 256"),
+        ("layer", "head_size", 576, "head size 576, above 512"),
         ("layer", "_k_scale", torch.ones(2), "fp8 scales of its own for each head"),
         ("impl", "kv_cache_dtype", "int8_per_token_head", "has a KV cache of int8_per_token_head"),
         ("impl", "use_alibi_sqrt", True, "ALiBi with square roots"),
@@ -491,7 +498,7 @@ def test_launched_where_needed(config, v2, impl, monkeypatch):
     assert len(impl.calls) == 2
     for is_capturing in (False, True):  # a piecewise graph, captured by vLLM's own metadata
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda x=is_capturing: x)
-        assert layer._launches(step_of(made, 4).steering, is_cuda=True) is is_capturing
+        assert step_of(made, 4).steering.launches(is_cuda=True) is is_capturing
 
 
 def test_padding(config, v2, impl):

@@ -1,8 +1,8 @@
 """vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
 
-``gpu_job.py MODEL TRITON_ATTN|FLASH_ATTN|FLASHINFER [EAGLE]``. FlashAttention and FlashInfer do not
-run here: what they compute is written anew in torch (`gpu_stand_ins`), so of these backends it is
-vLLM's Python that runs.
+``gpu_job.py MODEL TRITON_ATTN|TRITON_MLA|FLASH_ATTN|FLASHINFER [EAGLE]``. FlashAttention and
+FlashInfer do not run here: what they compute is written anew in torch (`gpu_stand_ins`), so of
+these backends it is vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
 V2: the model itself, or an EAGLE draft). In a process of its own, since Triton is to be
 found before vllm is imported. Only three things are told otherwise than they are: that Triton has
@@ -59,7 +59,12 @@ def main(model, backend, eagle=None):
     load_general_plugins()
     if backend in STAND_INS:
         STAND_INS[backend]()
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"vllm_pasta.integration.worker.gpu.{backend}")
+    worker, options = "vllm_pasta.integration.worker", {}
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{worker}.gpu.{backend}")
+    if backend == "TRITON_MLA":
+        for name in ("CPU_MLA", "AMX_MLA"):  # by whether the machine has AMX
+            register_backend(AttentionBackendEnum[name], f"{worker}.gpu_mla.{backend}")
+        options["attention_config"] = {"backend": backend}
 
     def start(speculative=None):
         return LLM(
@@ -76,6 +81,7 @@ def main(model, backend, eagle=None):
             max_num_batched_tokens=48,  # long prompts are cut
             speculative_config=speculative,
             additional_config={"pasta": {}},
+            **options,
         )
 
     def run(llm, cases):
@@ -102,6 +108,9 @@ def main(model, backend, eagle=None):
     }
     report["asked"] = len(LSE_CALLS)
     del llm
+    if backend == "TRITON_MLA":  # vLLM takes a draft model of DeepSeek's for one of method mtp
+        print("REPORT", json.dumps(report))
+        return
     is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     draft = NGRAM
     if is_v2:

@@ -135,4 +135,22 @@ def stand_in_for_flashinfer():
     torch.ops._C_cache_ops.reshape_and_cache_flash = write_cache
 
 
-STAND_INS = {"FLASH_ATTN": stand_in_for_flash_attention, "FLASHINFER": stand_in_for_flashinfer}
+def write_latents(latent, rotated, cache, slots, kv_cache_dtype, scale):
+    """As vLLM's ``concat_and_cache_mla``, which its CPU build lacks."""
+    assert kv_cache_dtype == "auto"
+    known = slots >= 0
+    cache.view(-1, cache.shape[-1])[slots[known]] = torch.cat([latent, rotated], -1)[known]
+
+
+def stand_in_for_mla():
+    """vLLM's Triton kernel is the real one."""
+    from vllm import _custom_ops
+
+    _custom_ops.concat_and_cache_mla = write_latents
+
+
+STAND_INS = {
+    "FLASH_ATTN": stand_in_for_flash_attention,
+    "FLASHINFER": stand_in_for_flashinfer,
+    "TRITON_MLA": stand_in_for_mla,
+}

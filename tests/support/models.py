@@ -46,6 +46,9 @@ ATTENTION_KINDS = {  # model type -> what makes it unlike a Llama of two layers
                     "tie_word_embeddings": True},
     "gpt_oss": {"sliding_window": WINDOW, "layer_types": _MIXED, "num_local_experts": 4,
                 "num_experts_per_tok": 2, "initializer_range": 0.1},
+    # Windowed layers have more query heads than full ones.
+    "laguna": {"sliding_window": WINDOW, "layer_types": _MIXED,
+               "num_attention_heads_per_layer": [6, 4] * 2, "mlp_layer_types": ["dense"] * 4},
     "bloom": {"n_head": 4, "n_layer": 4, "tie_word_embeddings": True},
 }  # fmt: skip
 
@@ -71,12 +74,43 @@ HYBRIDS = {  # model type -> recurrences beside attention, and which layers have
                    "partial_rotary_factor": 0.5},  # vLLM's CPU kernel takes bf16 alone
 }  # fmt: skip
 
+_LATENT = {  # vLLM's CPU kernel knows no other ranks
+    "kv_lora_rank": 512,
+    "head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    # As the real models have it. Without scaling, vLLM 0.32 rotates the queries wrongly on a
+    # CPU: its operator takes interleaved queries of three dimensions for ones of two.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.8,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
+MLA = {  # model type -> multi-head latent attention
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**_LATENT, "q_lora_rank": 64},  # queries are compressed, too
+}
+
 
 LAST_NORMS = ("model.norm.weight", "transformer.ln_f.weight", "model.embedding_norm.weight")
 
 
 def tiny_model(folder, model_type, dtype=torch.float32, **options):
-    """Saves a random model of 4 layers, one of ATTENTION_KINDS or HYBRIDS."""
+    """Saves a random model of 4 layers, one of ATTENTION_KINDS, HYBRIDS or MLA."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type,
@@ -91,7 +125,7 @@ def tiny_model(folder, model_type, dtype=torch.float32, **options):
             "max_position_embeddings": 2048,
             "initializer_range": 0.15,
             "tie_word_embeddings": False,
-            **(ATTENTION_KINDS | HYBRIDS)[model_type],
+            **(ATTENTION_KINDS | HYBRIDS | MLA)[model_type],
             **options,
         },
     )

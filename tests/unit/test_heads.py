@@ -1,6 +1,7 @@
 """Head set files: both forms, and what is refused."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from vllm_pasta.request.head_sets.library import (
     fits,
     names,
 )
-from vllm_pasta.request.shape import ModelShape
+from vllm_pasta.request.shape import ModelShape, layer_heads
 
 
 def test_reference_form(tmp_path):
@@ -81,6 +82,41 @@ def test_check():
 
 def model(name, *, model_type="qwen3", hidden_size=4096, layers=36, heads=32):
     return Model(name, model_type, hidden_size, ModelShape(layers, heads, tuple(range(layers))))
+
+
+def test_check_where_layers_differ():
+    HeadSet.from_json({"0": [5], "1": [3]}).check(2, (6, 4))
+    with pytest.raises(HeadSetError, match=r"layer 1, head 4.* 4 query heads .*in this layer"):
+        HeadSet.from_json({"0": [5], "1": [4]}).check(2, (6, 4))
+    with pytest.raises(HeadSetError, match="layer 2, head 0 is out of range: this model has 2 lay"):
+        HeadSet.from_json({"2": [0]}).check(2, (6, 4))
+
+
+STEP = {  # Step 3.5
+    "layer_types": ["full_attention", "sliding_attention", "full_attention", "one more"],
+    "attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": 6},
+}
+EACH = {
+    "is_heterogeneous": True,
+    "per_layer_config": [SimpleNamespace(num_attention_heads=n) for n in (2, 4, 8)],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({}, ()),
+        ({"num_attention_heads_per_layer": [6, 4, 6]}, (6, 4, 6)),
+        (STEP, (4, 6, 4)),
+        (EACH, (2, 4, 8)),
+    ],
+)
+def test_heads_of_layers_by_configuration(config, heads):
+    assert layer_heads(SimpleNamespace(num_attention_heads=4, **config), 3) == heads
+    shape = ModelShape(3, max(heads, default=4), (0, 1, 2), heads)
+    assert [shape.heads_of(layer) for layer in range(3)] == list(heads or (4, 4, 4))
+    counts = f"{min(heads)} to {max(heads)}" if heads else "4"
+    assert str(shape) == f"3 layers of {counts} query heads"
 
 
 def test_bundled_fit_their_models():

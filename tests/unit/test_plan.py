@@ -38,7 +38,7 @@ def test_share():
 
 def test_heads_of_one_rank():
     """Query heads 2 to 5 of the model are this rank's 0 to 3; a layer without any is left out."""
-    plan = StaticPlan.pack([(2, A), (5, B)], head_offset=2, num_local_heads=4)
+    plan = StaticPlan.pack([(2, A), (5, B)], [range(2, 6)] * 4)
     heads = {layer: (h.offsets.tolist(), h.heads.tolist()) for layer, h in plan.layers.items()}
     assert heads == {0: ([0, 1, 1], [0]), 3: ([0, 0, 1], [3])}
 

@@ -12,7 +12,7 @@ def test_every_architecture_has_a_verdict():
     found = registry.verdicts()
     assert len(found) == sum(len(names) for names in registry.MAPS.values()) >= 262
     reasons = {verdict.reason for verdict in found.values()}
-    ids = {refusal.id for refusal in (*registry.ENGINE, *registry.LAYER)}
+    ids = {refusal.id for refusal in (*registry.ENGINE, *registry.LAYER, *registry.MLA_LAYER)}
     assert reasons <= {registry.ACCEPTED, registry.NOT_READ, *ids}
     assert sum(verdict.reason == registry.ACCEPTED for verdict in found.values()) >= 200
 
@@ -31,6 +31,7 @@ def test_kinds():
         assert found[name].reason == registry.ACCEPTED
         assert found[name].is_hybrid
     for name in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "LongcatFlashForCausalLM"):
+        assert found[name].reason == registry.ACCEPTED
         assert found[name].uses_mla
         assert "MLAAttention" in found[name].layers
     assert "DeepseekV32IndexerCache" in found["GlmMoeDsaForCausalLM"].layers
@@ -41,5 +42,7 @@ def test_kinds():
         "DiffusionGemmaForBlockDiffusion": "diffusion",
         "Llama4ForCausalLM": "layer-kind",
         "MiniMaxM3SparseForCausalLM": "layer-kind",
+        "DeepseekV32ForCausalLM": "sparse-attention",
+        "GlmMoeDsaForCausalLM": "sparse-attention",
     }.items():
         assert found[name].reason == reason

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm import envs
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.platforms import current_platform
 
-from vllm_pasta.integration.registry import GPU_BACKENDS
+from vllm_pasta.integration.registry import CPU_MLA_BACKENDS, GPU_BACKENDS, GPU_MLA_BACKENDS
 from vllm_pasta.integration.scheduler import connectors
 from vllm_pasta.integration.versions import GPU_VLLM
 from vllm_pasta.request.heads import ranges
@@ -27,7 +27,7 @@ LAYOUTS = ("vec", "vec16", "amx")
 GPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 """KV cache dtypes that the Triton kernels read, beside the model's own by name."""
 
-MAX_GPU_HEAD_SIZE = 256
+MAX_GPU_HEAD_SIZE = 512
 
 SPECULATIVE_METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 """Ways of drafting that were tested. The draft itself is not steered."""
@@ -164,7 +164,18 @@ ENGINE = (
     ),
     *_shown_by(
         f"{_ADMISSION}test_model_that_cannot_be_steered",
-        ("mla", "the model has MLA attention", lambda e: e.model.use_mla),
+        (
+            "sparse-attention",
+            "the model has sparse attention: an indexer chooses which keys count, whether they are "
+            "emphasised or not",
+            lambda e: getattr(e.model.hf_text_config, "index_topk", None) is not None,
+        ),
+        (
+            "hybrid-mla",
+            "the model mixes MLA with recurrences, which vLLM runs on GPUs alone, where it was not "
+            "tested",
+            lambda e: e.model.use_mla and e.model.is_hybrid,
+        ),
         (
             "no-attention",
             "the model has no attention heads to steer",
@@ -232,14 +243,28 @@ ENGINE = (
     *_shown_by(
         f"{_GPU}test_refused",
         (
+            "gpu-mla",
+            "the model has MLA attention, which on a GPU is steered over the attention backend "
+            f"{' or '.join(GPU_MLA_BACKENDS)} alone: choose that (--attention-backend), or let "
+            "VLLM_MLA_DISABLE=1 run the model with plain attention",
+            lambda e: (
+                e.model.use_mla
+                and getattr(e.attention.backend, "name", None) not in GPU_MLA_BACKENDS
+            ),
+        ),
+        (
             "gpu-vllm",
             f"on a GPU emphasis needs vLLM {GPU_VLLM}x, this is {{0.vllm_version}}",
             lambda e: not e.vllm_version.startswith(GPU_VLLM),
         ),
         (
             "attention-backend",
-            f"the attention backend is {{0.attention.backend.name}}, not {', '.join(GPU_BACKENDS)}",
-            lambda e: e.attention.backend and e.attention.backend.name not in GPU_BACKENDS,
+            "the attention backend is {0.attention.backend.name}, not "
+            f"{', '.join((*GPU_BACKENDS, *GPU_MLA_BACKENDS))}",
+            lambda e: (
+                e.attention.backend
+                and e.attention.backend.name not in (*GPU_BACKENDS, *GPU_MLA_BACKENDS)
+            ),
         ),
         (
             "pipeline-v2",
@@ -305,16 +330,37 @@ LAYERS = _shown_by(
 )
 """Of all layers of a worker."""
 
-BACKEND = tuple(
+
+def _has_own_value_size(impl: Any) -> bool:
+    return "DiffKV" in type(impl).__name__
+
+
+_BACKENDS = tuple(
     Refusal(
         f"{device}-layer-backend",
         "has {0.impl.__class__.__name__}, which is not vllm-pasta's: let no other plugin replace "
         f"it, and choose one of {', '.join(backends)}",
-        lambda e: not getattr(e.impl, "may_steer", False),
+        lambda e: not getattr(e.impl, "may_steer", False) and not _has_own_value_size(e.impl),
         f"{_GPU}test_layers_of_other_backends",
         device,
     )
-    for device, backends in (("cpu", ["CPU_ATTN"]), ("gpu", GPU_BACKENDS))
+    for device, backends in (
+        ("cpu", ("CPU_ATTN", *CPU_MLA_BACKENDS)),
+        ("gpu", (*GPU_BACKENDS, *GPU_MLA_BACKENDS)),
+    )
+)
+
+BACKEND = (
+    *_shown_by(
+        f"{_GPU}test_layers_of_other_backends",
+        (
+            "layer-own-value-size",
+            "has {0.impl.__class__.__name__}, for values of another size than keys, which the "
+            "plugin has no version of",
+            lambda e: _has_own_value_size(e.impl),
+        ),
+    ),
+    *_BACKENDS,
 )
 """Of a layer: its attention backend is not one of this plugin's."""
 
@@ -331,7 +377,7 @@ LAYER = (
         f"{_ADMISSION}test_layer_that_cannot_be_steered",
         (
             "layer-heads",
-            "has {0.impl.num_heads} query heads, not {0.num_heads} as the model",
+            "has {0.impl.num_heads} query heads, not {0.num_heads} as the configuration says",
             lambda e: e.impl.num_heads != e.num_heads,
         ),
         (
@@ -395,3 +441,43 @@ LAYER = (
     ),
 )
 """Of a layer that has an attention backend of this plugin, once the model is loaded."""
+
+MLA_LAYER = _shown_by(
+    "tests/engine/test_mla.py::test_layer_that_cannot_be_steered",
+    (
+        "mla-layer-kind",
+        "is of kind {0.layer.__class__.__name__}, not MLAAttention",
+        lambda e: type(e.layer) is not MLAAttention,
+    ),
+    (
+        "mla-layer-heads",
+        "has {0.impl.num_heads} query heads, not {0.num_heads} as the configuration says",
+        lambda e: e.impl.num_heads != e.num_heads,
+    ),
+    (
+        "mla-layer-padded",
+        "has queries padded to {0.layer.q_pad_num_heads} heads",
+        lambda e: e.layer.q_pad_num_heads is not None,
+    ),
+    (
+        "mla-layer-kv-cache-dtype",
+        "has a latent KV cache of {0.impl.kv_cache_dtype}, not auto, float16 or bfloat16",
+        lambda e: e.impl.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
+    ),
+    (
+        "mla-layer-sparse",
+        "takes only the keys that an indexer chooses",
+        lambda e: e.impl.is_sparse or e.layer.use_sparse,
+    ),
+    (
+        "mla-layer-window",
+        "has a sliding window over a latent KV cache",
+        lambda e: e.layer.sliding_window is not None,
+    ),
+    (
+        "mla-layer-context-parallel",
+        "has its latent KV cache spread over {0.impl.dcp_world_size} ranks",
+        lambda e: e.impl.dcp_world_size > 1,
+    ),
+)
+"""The same of a layer of multi-head latent attention (MLA)."""

@@ -9,17 +9,23 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CPU_BACKEND = "vllm_pasta.integration.worker.cpu.SteeredCPUAttentionBackend"
+CPU_MLA_MODULE = "vllm_pasta.integration.worker.mla"
+CPU_MLA_BACKENDS = ("CPU_MLA", "AMX_MLA")
+"""vLLM's attention backends for MLA that have a steered version on a CPU, in that module."""
 GPU_MODULE = "vllm_pasta.integration.worker.gpu"
 GPU_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 """vLLM's attention backends that have a steered version on a GPU, in that module."""
+GPU_MLA_MODULE = "vllm_pasta.integration.worker.gpu_mla"
+GPU_MLA_BACKENDS = ("TRITON_MLA",)
+"""The same for MLA."""
 
 
 def register_backends() -> None:
     """Registers the steered attention backends with vLLM. Idempotent.
 
-    On a GPU each takes the place of the vLLM backend whose name it has. vLLM's CPU platform ignores
-    the backend CUSTOM, so on a CPU the steered one takes the place of CPU_ATTN, unless this vLLM
-    has the diff of ``patches/`` with which the platform honours CUSTOM.
+    On a GPU, and for MLA on a CPU, each takes the place of the vLLM backend whose name it has.
+    vLLM's CPU platform ignores the backend CUSTOM, so there the steered one takes the place of
+    CPU_ATTN, unless this vLLM has the diff of ``patches/`` with which the platform honours CUSTOM.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -27,10 +33,14 @@ def register_backends() -> None:
     if current_platform.is_cuda():
         for name in GPU_BACKENDS:
             register_backend(AttentionBackendEnum[name], f"{GPU_MODULE}.{name}")
+        for name in GPU_MLA_BACKENDS:
+            register_backend(AttentionBackendEnum[name], f"{GPU_MLA_MODULE}.{name}")
     else:
         custom = takes_custom_backend()
         backend = AttentionBackendEnum.CUSTOM if custom else AttentionBackendEnum.CPU_ATTN
         register_backend(backend, CPU_BACKEND)
+        for name in CPU_MLA_BACKENDS:
+            register_backend(AttentionBackendEnum[name], f"{CPU_MLA_MODULE}.{name}")
 
 
 def takes_custom_backend() -> bool:
@@ -56,7 +66,8 @@ def takes_custom_backend() -> bool:
 
 
 def select_backend(vllm_config: "VllmConfig") -> None:
-    """Selects the attention backend CUSTOM where emphasis is on and `CPU_BACKEND` is that.
+    """Selects the attention backend CUSTOM where emphasis is on and `CPU_BACKEND` is that, but
+    for MLA, whose backends keep their names.
 
     Raises:
         UnsupportedError: the user asked for another one.
@@ -65,7 +76,7 @@ def select_backend(vllm_config: "VllmConfig") -> None:
 
     custom, attention = AttentionBackendEnum.CUSTOM, vllm_config.attention_config
     is_registered = custom.is_overridden() and custom.get_path() == CPU_BACKEND
-    if not is_registered or not is_enabled(vllm_config):
+    if not is_registered or not is_enabled(vllm_config) or vllm_config.model_config.use_mla:
         return
     if attention.backend not in (None, custom, AttentionBackendEnum.CPU_ATTN):
         raise UnsupportedError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
@@ -20,6 +20,7 @@ from vllm_pasta.integration.refusals import (
     ENGINE,
     LAYER,
     LAYERS,
+    MLA_LAYER,
     Engine,
     Layer,
     Layers,
@@ -28,7 +29,7 @@ from vllm_pasta.integration.refusals import (
 from vllm_pasta.integration.versions import is_draft
 from vllm_pasta.request.head_sets.library import Model
 from vllm_pasta.request.heads import ranges
-from vllm_pasta.request.shape import ModelShape, attention_layers
+from vllm_pasta.request.shape import ModelShape, attention_layers, layer_heads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,8 +102,9 @@ def shape_of(vllm_config: "VllmConfig") -> ModelShape:
     layers = tuple(range(num_layers))
     if model.is_hybrid or model.has_noops:
         layers = attention_layers(model.hf_text_config, num_layers)
+    heads = layer_heads(model.hf_text_config, num_layers)
     num_heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
-    return ModelShape(num_layers, num_heads, layers)
+    return ModelShape(num_layers, max(heads, default=num_heads), layers, heads)
 
 
 def model_of(vllm_config: "VllmConfig") -> Model:
@@ -117,7 +119,14 @@ def model_of(vllm_config: "VllmConfig") -> Model:
     )
 
 
-def check_layer(name: str, layer: Attention, num_heads: int) -> None:
+def local_heads(vllm_config: "VllmConfig", rank: int) -> tuple[range, ...]:
+    """For each layer of the model the query heads that a tensor-parallel rank has."""
+    shape, ranks = shape_of(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+    counts = (shape.heads_of(layer) // ranks for layer in range(shape.num_layers))
+    return tuple(range(rank * count, (rank + 1) * count) for count in counts)
+
+
+def check_layer(name: str, layer: AttentionLayerBase, num_heads: int) -> None:
     """Checks one attention layer, in the worker, once the model is there.
 
     Args:
@@ -128,7 +137,8 @@ def check_layer(name: str, layer: Attention, num_heads: int) -> None:
     Raises:
         UnsupportedError: lists every reason.
     """
-    _refuse(f"layer {name} {reason}" for reason in _reasons(LAYER, Layer(layer, num_heads)))
+    refusals = MLA_LAYER if isinstance(layer, MLAAttention) else LAYER
+    _refuse(f"layer {name} {reason}" for reason in _reasons(refusals, Layer(layer, num_heads)))
 
 
 def _reasons(refusals: Iterable[Refusal], subject: Engine | Layers | Layer) -> Iterable[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_pasta import __version__
 from vllm_pasta.profiling.methods import Head
-from vllm_pasta.request.shape import attention_layers
+from vllm_pasta.request.shape import attention_layers, layer_heads
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,11 @@ def every_head(model: str) -> list[Head]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
-    layers = attention_layers(config, config.num_hidden_layers)
-    return [(layer, head) for layer in layers for head in range(config.num_attention_heads)]
+    count = config.num_hidden_layers
+    heads = layer_heads(config, count) or (config.num_attention_heads,) * count
+    return [
+        (layer, head) for layer in attention_layers(config, count) for head in range(heads[layer])
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -134,7 +134,9 @@ def load_heads(text: str, every: Sequence[Head]) -> HeadSet:
         heads = library.find(text)
     except HeadSetError as e:
         raise PastaError(f"method {text!r}: expected {KNOWN}; {e}") from e
-    heads.check(every[-1][0] + 1, every[-1][1] + 1, sorted({layer for layer, _ in every}))
+    most = {layer: head + 1 for layer, head in every}  # the last head of a layer comes last
+    counts = [most.get(layer, max(most.values())) for layer in range(every[-1][0] + 1)]
+    heads.check(len(counts), counts if len(set(counts)) > 1 else counts[0], sorted(most))
     return heads
 
 

@@ -107,13 +107,16 @@ class HeadSet:
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     def check(
-        self, num_layers: int, num_heads: int, attention_layers: Sequence[int] | None = None
+        self,
+        num_layers: int,
+        num_heads: int | Sequence[int],
+        attention_layers: Sequence[int] | None = None,
     ) -> None:
         """Checks that every head exists in a model.
 
         Args:
             num_layers: Layers of the model.
-            num_heads: Query heads of a layer.
+            num_heads: Query heads of a layer, or of each layer where they differ.
             attention_layers: Layers that have attention heads; None means all.
 
         Raises:
@@ -121,11 +124,15 @@ class HeadSet:
                 those that have.
         """
         for layer, heads in self.layers:
-            if layer >= num_layers or heads[-1] >= num_heads:
+            if isinstance(num_heads, int):
+                count, others = num_heads, ""
+            else:
+                count, others = num_heads[min(layer, num_layers - 1)], ", in this layer"
+            if layer >= num_layers or heads[-1] >= count:
                 raise HeadSetError(
                     f"layer {layer}, head {heads[-1]} is out of range: this model has "
-                    f"{num_layers} layers (0 to {num_layers - 1}) of {num_heads} query heads "
-                    f"(0 to {num_heads - 1})"
+                    f"{num_layers} layers (0 to {num_layers - 1}) of {count} query heads "
+                    f"(0 to {count - 1}){others}"
                 )
             if attention_layers is not None and layer not in attention_layers:
                 raise HeadSetError(

@@ -103,25 +103,23 @@ class StaticPlan:
     def pack(
         cls,
         requests: Sequence[tuple[int, ResolvedEmphasis]],
-        head_offset: int = 0,
-        num_local_heads: int | None = None,
+        local: Sequence[range] | None = None,
     ) -> "StaticPlan":
         """Packs ``(batch row, emphasis)`` pairs.
 
         Args:
             requests: The steered requests, in any order.
-            head_offset: This rank's first query head.
-            num_local_heads: How many query heads this rank has; None means all.
+            local: For each layer of the model the query heads that this rank has; None means all.
         """
-        end = None if num_local_heads is None else head_offset + num_local_heads
         layers: dict[int, list[list[int]]] = {}
         for r, (_, emphasis) in enumerate(requests):
             for layer, heads in emphasis.heads.layers:
-                local = [h - head_offset for h in heads if h >= head_offset]
-                if end is not None:
-                    local = [h for h in local if h < end - head_offset]
-                if local:
-                    layers.setdefault(layer, [[] for _ in requests])[r] = local
+                here = list(heads)
+                if local is not None:
+                    own = local[layer]
+                    here = [head - own.start for head in heads if head in own]
+                if here:
+                    layers.setdefault(layer, [[] for _ in requests])[r] = here
         cuts, weights, bases = zip(*(_segments(emphasis) for _, emphasis in requests), strict=True)
         return cls(
             batch_rows=np.array([row for row, _ in requests], dtype=np.int64),

@@ -41,9 +41,10 @@ class SteeringBuffers:
         max_slots: Most requests at a time.
         max_batch: Most requests in a step, padding included.
         num_layers: Of the whole model.
-        num_heads: Query heads of this rank.
+        num_heads: Query heads of this rank; the most of any layer.
         head_offset: The first of them, counted over the whole model.
         device: Where kernels run.
+        local: For each layer its query heads of this rank, where layers differ in them.
 
     Attributes:
         records: int32 ``[max_batch, HEADER + num_layers * words]`` on the device; a row for each
@@ -80,8 +81,10 @@ class SteeringBuffers:
         num_heads: int,
         head_offset: int = 0,
         device: torch.device | str = "cpu",
+        local: tuple[range, ...] = (),
     ) -> None:
         self.num_layers, self.num_heads, self.head_offset = num_layers, num_heads, head_offset
+        self._local = local or (range(head_offset, head_offset + num_heads),) * num_layers
         self.words = -(-num_heads // 32)
         self.device = torch.device(device)
         self._is_pinned = self.device.type == "cuda"
@@ -132,8 +135,7 @@ class SteeringBuffers:
 
     def _bits(self, emphasis: ResolvedEmphasis) -> np.ndarray | None:
         """The steered heads of this rank as words; None if there are none."""
-        layers = emphasis.heads.layers
-        return _head_words(layers, self.num_layers, self.num_heads, self.head_offset, self.words)
+        return _head_words(emphasis.heads.layers, self._local, self.words)
 
     def show(self, requests: np.ndarray | Iterable[int]) -> bool:
         """Tells the device what this step's requests are; never waits for it.
@@ -176,19 +178,18 @@ class SteeringBuffers:
 
 @functools.lru_cache(maxsize=64)  # requests share head sets
 def _head_words(
-    layers: tuple[tuple[int, tuple[int, ...]], ...],
-    num_layers: int,
-    num_heads: int,
-    head_offset: int,
-    words: int,
+    layers: tuple[tuple[int, tuple[int, ...]], ...], local: tuple[range, ...], words: int
 ) -> np.ndarray | None:
-    pairs = np.array([(layer, head) for layer, heads in layers for head in heads]).reshape(-1, 2)
-    pairs[:, 1] -= head_offset
-    pairs = pairs[(pairs[:, 1] >= 0) & (pairs[:, 1] < num_heads)]
-    if not len(pairs):
+    pairs = [
+        (layer, head - local[layer].start)
+        for layer, heads in layers
+        for head in heads
+        if head in local[layer]
+    ]
+    if not pairs:
         return None
-    bits = np.zeros((num_layers, words * 32), dtype=np.uint8)
-    bits[pairs[:, 0], pairs[:, 1]] = 1
+    bits = np.zeros((len(local), words * 32), dtype=np.uint8)
+    bits[tuple(np.array(pairs).T)] = 1
     return np.packbits(bits, axis=1, bitorder="little").view("<i4").ravel()
 
 

@@ -6,14 +6,17 @@ builder and its impl. Their subclasses in ``cpu`` and ``gpu`` decide what is com
 which tensors.
 """
 
+import functools
+import importlib
 from typing import Any
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import support
+from vllm_pasta.integration import patching, support
 from vllm_pasta.integration.config import is_enabled
 from vllm_pasta.integration.versions import is_being_drafted, is_draft
 from vllm_pasta.integration.worker.rows import EmphasisRows, rows_of
@@ -44,10 +47,10 @@ class SteeringBuilder:
             return
         support.check_engine(vllm_config)
         support.check_layers(vllm_config)
-        num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        local = support.local_heads(vllm_config, 0)
         for name in names:
-            support.check_layer(name, layers[name], num_heads)
-            layers[name].impl.attention = layer_attention(layers[name].impl)
+            support.check_layer(name, layers[name], len(local[support.layer_index(name)]))
+            self._describe(layers[name])
             layers[name].impl.layer_index = support.layer_index(name)
         self._rows = rows_of(vllm_config)
         self._prepare(self._rows, [layers[name].impl for name in names])
@@ -66,6 +69,10 @@ class SteeringBuilder:
             else self._steering(self._rows, common_attn_metadata, metadata)
         )
         return metadata
+
+    def _describe(self, layer: Any) -> None:
+        """Gives a layer's impl what it needs to know of its layer."""
+        layer.impl.attention = layer_attention(layer.impl)
 
     def _prepare(self, rows: EmphasisRows, impls: list[Any]) -> None:
         """Makes what steered steps of these layers will need, at start."""
@@ -138,6 +145,22 @@ def steer(
             "get_impl_cls": staticmethod(lambda: made["impl"]),
         },
     )
+
+
+@functools.cache
+def steered_backend(
+    name: str, builder: type[SteeringBuilder], impl: type[SteeringImpl]
+) -> type[AttentionBackend]:
+    """The steered version of vLLM's own backend of that name, which is imported for it.
+
+    For the ``__getattr__`` of the builder's module: vLLM's selector names a class by
+    ``full_cls_name``, and looks that name up in the class's module.
+    """
+    module, _, class_name = AttentionBackendEnum[name].value.rpartition(".")
+    made = steer(getattr(importlib.import_module(module), class_name), builder, impl)
+    made.__qualname__ = name
+    patching.apply_backend(name)
+    return made
 
 
 def layer_attention(impl: Any) -> LayerAttention:

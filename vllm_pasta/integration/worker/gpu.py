@@ -10,20 +10,17 @@ own persistent tensors, and what is captured is always launched.
 """
 
 import copy
-import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from vllm import envs
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_pasta.errors import UnsupportedError
-from vllm_pasta.integration import patching
 from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.worker import lse
-from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steer
+from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steered_backend
 from vllm_pasta.integration.worker.rows import EmphasisRows
 from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention, warm_up
 from vllm_pasta.steering.slots import SteeringBuffers
@@ -55,6 +52,13 @@ class Steering:
     num_tokens: int
     is_steered: bool
     must_launch: bool = False
+
+    def launches(self, is_cuda: bool) -> bool:
+        """Whether kernels are launched. Also where nothing is steered, in graphs, which are
+        replayed when something is."""
+        if self.is_steered or self.must_launch:
+            return True
+        return is_cuda and bool(torch.cuda.is_current_stream_capturing())
 
 
 class GPUSteeringBuilder(SteeringBuilder):
@@ -178,7 +182,7 @@ class GPUSteeringImpl(SteeringImpl):
             return super().forward(*arguments)  # type: ignore[misc, no-any-return]
         if steering is None:
             raise UnsupportedError("a draft model's step reached a layer that is to be steered")
-        if not self._launches(steering, query.is_cuda):
+        if not steering.launches(query.is_cuda):
             return super().forward(*arguments)  # type: ignore[misc, no-any-return]
         n = steering.num_tokens
         with lse.asking(self, attn_metadata, query[:n]) as answer:
@@ -198,30 +202,9 @@ class GPUSteeringImpl(SteeringImpl):
         )  # fmt: skip
         return result
 
-    def _launches(self, steering: Steering, is_cuda: bool) -> bool:
-        """Also where nothing is steered, in graphs, which are replayed when something is."""
-        if steering.is_steered or steering.must_launch:
-            return True
-        return is_cuda and bool(torch.cuda.is_current_stream_capturing())
-
-
-_made: dict[str, type[AttentionBackend]] = {}
-
-
-def steered_gpu_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A backend that honours emphasis, over any whose impl and metadata are alike."""
-    return steer(base, GPUSteeringBuilder, GPUSteeringImpl)
-
 
 def __getattr__(name: str) -> type[AttentionBackend]:
     """``FLASH_ATTN``, ``FLASHINFER``, …: the steered version of vLLM's own of that name."""
     if name not in GPU_BACKENDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name not in _made:
-        module, _, class_name = AttentionBackendEnum[name].value.rpartition(".")
-        made = steered_gpu_backend(getattr(importlib.import_module(module), class_name))
-        # vLLM's selector names a class by `full_cls_name`, and looks that name up in this module.
-        made.__qualname__ = name
-        _made[name] = made
-        patching.apply_backend(name)
-    return _made[name]
+    return steered_backend(name, GPUSteeringBuilder, GPUSteeringImpl)

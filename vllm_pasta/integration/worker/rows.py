@@ -7,6 +7,7 @@ V1 and V2 want different kinds, and V2 accepts no class but its own, so the clas
 
 import enum
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -100,11 +101,6 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     def __init__(self, vllm_config: "VllmConfig", *args: Any) -> None:
         self.vllm_config = vllm_config
         self.source = Source.of(vllm_config) if is_enabled(vllm_config) else None
-        self._num_local_heads = (
-            vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-            if self.source
-            else 0
-        )
         self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row; on V2 by slot
         self._plan: StaticPlan | None = None
         self._buffers: SteeringBuffers | None = None
@@ -123,9 +119,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         """The steered rows, packed; None where the batch has none."""
         if self._plan is None and self._emphasis:
             self._plan = StaticPlan.pack(
-                sorted(self._emphasis.items(), key=lambda item: item[0]),
-                head_offset=self._head_offset,
-                num_local_heads=self._num_local_heads,
+                sorted(self._emphasis.items(), key=lambda item: item[0]), self._local
             )
         return self._plan
 
@@ -159,6 +153,16 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
             self._follow(metadata)
         return self.plan
 
+    def plan_from(self, slots: np.ndarray, first: int) -> StaticPlan | None:
+        """Of a step whose requests have these slots, those from row ``first`` on, packed; None
+        where none of them is steered."""
+        found = (
+            (row, self._emphasis.get(int(slot)))
+            for row, slot in enumerate(slots[first:].tolist(), first)
+        )
+        steered = [(row, emphasis) for row, emphasis in found if emphasis is not None]
+        return StaticPlan.pack(steered, self._local) if steered else None
+
     def slots_of(self, metadata: CommonAttentionMetadata) -> np.ndarray:
         """The slot of each request of the batch whose attention metadata this is, in its order;
         of `buffers_on`.
@@ -188,17 +192,20 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
                 size,
                 size,
                 config.model_config.get_total_num_hidden_layers(),
-                self._num_local_heads,
-                self._head_offset,
-                device,
+                max(map(len, self._local)),
+                device=device,
+                local=self._local,
             )
             for slot, emphasis in self._emphasis.items():
                 self._buffers.write(slot, emphasis)
         return self._buffers
 
-    @property
-    def _head_offset(self) -> int:
-        return int(self._num_local_heads * get_tensor_model_parallel_rank())
+    @cached_property
+    def _local(self) -> tuple[range, ...]:
+        """For each layer its query heads of this rank."""
+        from vllm_pasta.integration import support  # heavy, and front ends load this module
+
+        return support.local_heads(self.vllm_config, get_tensor_model_parallel_rank())
 
     def _follow(self, metadata: CommonAttentionMetadata) -> None:
         if metadata.get_sampling_params is None:

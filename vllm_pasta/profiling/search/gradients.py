@@ -154,7 +154,7 @@ class GradientModel:
                 found[i] = {
                     (layer, head): float(estimates[layer][row, head])
                     for layer in self._layers
-                    for head in range(self._config.num_attention_heads)
+                    for head in range(estimates[layer].shape[1])
                 }
             done(len(batch))
         return found
