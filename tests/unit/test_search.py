@@ -6,7 +6,7 @@ import pytest
 
 from vllm_pasta import tasks
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import methods
+from vllm_pasta.profiling import auto, methods
 from vllm_pasta.profiling.estimates import Estimate, overlap, rank_correlation
 from vllm_pasta.profiling.evaluation import Row
 from vllm_pasta.profiling.report import plots, tables
@@ -175,6 +175,24 @@ def test_plot_of_obedience_and_the_task(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(PastaError, match="nothing to draw"):
         plots.pareto(tmp_path / "b.png", [tasks.load("kv")], [], "m")
+
+
+def test_auto_tries_every_number_of_heads_at_every_strength(monkeypatch):
+    """Many heads with a mild strength may do better than few with a strong one."""
+    ranking = HEADS[::-1]
+    points = {(5, 0.1): (0.9, 0.2), (22, 0.3): (0.95, 0.4), (43, 0.1): (1.0, 0.0)}
+
+    def score(asker, samples, chosen, generations):
+        assert generations == 0
+        assert set(chosen) == {(k, alpha) for k in (5, 22, 43) for alpha in (0.1, 0.3)}
+        for (k, _), of in chosen.items():
+            assert of == {"counterfact": sorted(ranking[:k])}
+        every = dict.fromkeys(chosen, (0.3, 0.5)) | points | {sizes.PLAIN_CHOICE: (0.2, 0.9)}
+        return {choice: list(rows({"zero-shot": point})) for choice, point in every.items()}
+
+    monkeypatch.setattr(sizes, "score", score)
+    found, choice = auto._try(None, {tasks.load("counterfact"): []}, ranking)
+    assert (len(found), choice) == (7, (22, 0.3))
 
 
 def test_estimates():

@@ -38,7 +38,7 @@ from vllm_pasta.request.shape import ModelShape
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is below its own name alone
 
 
 class Admitted(dict[str, Any]):

@@ -77,7 +77,7 @@ def pareto(path: Path, tasks: Sequence[Task], rows: Sequence[Row], model: str) -
                 families.setdefault(family, []).append(row)
         for family, of in families.items():
             x, y = ([100 * value for value in values] for values in _both(of))
-            axis.plot(x, y, "o-" if len(of) > 1 else "s", label=family)
+            axis.plot(x, y, "o-" if len(of) > 1 else "s", label=Path(family).stem)
             for row, at_x, at_y in zip(of, x, y, strict=True):
                 label = row.method.name.removeprefix(family).strip(": ")
                 axis.annotate(label, (at_x, at_y), fontsize=7, xytext=(3, 3),
