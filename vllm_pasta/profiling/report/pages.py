@@ -82,7 +82,9 @@ def answers(
     """The answers of the first examples side by side, those that were asked for."""
     asked = []
     for example in list(examples)[:MOST_EXAMPLES]:
-        for probe in task.probes(example)[:MOST_PROBES]:
+        # Answers that are text come first: a reader wants to see those.
+        probes = sorted(task.probes(example), key=lambda probe: bool(probe.choices))
+        for probe in probes[:MOST_PROBES]:
             trials = [Trial(task.name, example, probe, method) for method in methods]
             told = [(t.method.name, _text(probe, store[t])) for t in trials if t in store]
             pieces = [(probe.before, None), (probe.emphasis, 1.0), (probe.after, None)]
