@@ -331,8 +331,7 @@ REFUSED = {
         "speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)
     },
     "reference sliding windows": {"model_config": {"model_arch_config": {"rswa_window": 64}}},
-    "VLLM_BATCH_INVARIANT": {},
-    "on a GPU emphasis needs vLLM 0.32.x, this is 0.31.0": {},
+    "on a GPU emphasis needs vLLM 0.32.x or 0.33.x, this is 0.31.0": {},
 }
 
 
@@ -351,15 +350,22 @@ def change(value, changes):
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(reason, config, monkeypatch):
     support.check_engine(config)
-    if reason == "VLLM_BATCH_INVARIANT":
-        envs.disable_envs_cache()  # an attribute set here would stay, and hide the variable
-        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     if reason.startswith("on a GPU"):
         monkeypatch.setattr("vllm.__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
         setattr(config, field, change(getattr(config, field), changes))
     with pytest.raises(UnsupportedError, match=reason):
         support.check_engine(config)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_batch_invariance(is_set, config, v2, monkeypatch):
+    """The kernels are told, which then keep it (`test_triton.test_batch_invariance`)."""
+    envs.disable_envs_cache()  # an attribute set here would stay, and hide the variable
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(is_set)))
+    support.check_engine(config)
+    (workspace,) = builder(config)._workspaces.values()
+    assert workspace.is_invariant is is_set
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"])

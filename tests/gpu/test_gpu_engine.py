@@ -23,7 +23,7 @@ from vllm_pasta.integration.versions import GPU_VLLM
 from vllm_pasta.verify.oracle import Oracle, Steering
 
 pytestmark = pytest.mark.skipif(
-    not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}x"
+    not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}"
 )
 TESTS = Path(__file__).parent.parent
 LAYERS = 2

@@ -118,8 +118,8 @@ def test_register_twice():
 
 def test_other_vllm_is_refused(monkeypatch):
     """A vLLM that nothing was tested on does not start with us, rather than steer by luck."""
-    monkeypatch.setattr("vllm.__version__", "0.33.1")
-    with pytest.raises(UnsupportedError, match=r"0\.33\.1.*VLLM_PLUGINS"):
+    monkeypatch.setattr("vllm.__version__", "0.34.1")
+    with pytest.raises(UnsupportedError, match=r"0\.34\.1.*VLLM_PLUGINS"):
         plugin.register()
 
 

@@ -156,11 +156,15 @@ ENGINE = (
             "the Rust front end is in use, which passes no admission",
             lambda e: envs.VLLM_USE_RUST_FRONTEND,
         ),
+    ),
+    *_shown_by(
+        f"{_ADMISSION}test_environment_that_cannot_steer",
         (
             "batch-invariant",
-            "VLLM_BATCH_INVARIANT is set, which steered attention does not keep",
+            "VLLM_BATCH_INVARIANT is set, which vLLM's own attention on a CPU does not keep",
             lambda e: envs.VLLM_BATCH_INVARIANT,
         ),
+        device="cpu",
     ),
     *_shown_by(
         f"{_ADMISSION}test_model_that_cannot_be_steered",
@@ -254,7 +258,7 @@ ENGINE = (
         ),
         (
             "gpu-vllm",
-            f"on a GPU emphasis needs vLLM {GPU_VLLM}x, this is {{0.vllm_version}}",
+            f"on a GPU emphasis needs vLLM {'x or '.join(GPU_VLLM)}x, this is {{0.vllm_version}}",
             lambda e: not e.vllm_version.startswith(GPU_VLLM),
         ),
         (
@@ -274,7 +278,8 @@ ENGINE = (
         ),
         (
             "context-parallel",
-            "context parallel",
+            "context parallel, where each rank has a part of every request's keys: a steered head's "
+            "sums over emphasised keys would have to be gathered as vLLM gathers its own",
             lambda e: (
                 e.parallel.decode_context_parallel_size > 1
                 or e.parallel.prefill_context_parallel_size > 1
@@ -292,7 +297,8 @@ ENGINE = (
         ),
         (
             "sleep-mode",
-            "sleep mode is on, which empties the GPU memory that steering lives in",
+            "sleep mode is on, and no GPU run has shown that what steering keeps in GPU memory is "
+            "there after waking up",
             lambda e: e.model.enable_sleep_mode,
         ),
         (

@@ -5,11 +5,11 @@ The digests of wrapped functions, which differ too, stand with their patches.
 
 from typing import Any
 
-SUPPORTED_VLLM = ("0.31.", "0.32.")
+SUPPORTED_VLLM = ("0.31.", "0.32.", "0.33.")
 """Prefixes of the vLLM versions on which everything was tested."""
 
-GPU_VLLM = "0.32."
-"""Prefix of the vLLM versions whose GPU backends and model runners were read."""
+GPU_VLLM = ("0.32.", "0.33.")
+"""Prefixes of the vLLM versions whose GPU backends and model runners were read."""
 
 _DRAFT_TAGS = ("eagle_head", "draft_model")
 

@@ -79,12 +79,12 @@ PATCHES = (
     _patch(
         "openai.completion.protocol:CompletionRequest.to_beam_search_params",
         _to_params,
-        "a1d956e4e6f9 8aea3604dafb",
+        "a1d956e4e6f9 8aea3604dafb 04e60c232945",
     ),
     _patch(
         "openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
         _to_params,
-        "811f6b3777f9 31617f201a06",
+        "811f6b3777f9 31617f201a06 ed917a41b8a9",
     ),
     _patch(
         "speech_to_text.transcription.protocol:TranscriptionRequest.to_beam_search_params",
@@ -99,17 +99,17 @@ PATCHES = (
     _patch(
         "generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
         _online,
-        "e2e6d1893a8f 6e6156350d02",
+        "e2e6d1893a8f 6e6156350d02 9944b62f623c",
     ),
     _patch(
         "generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
         _offline,
-        "b4b93229fd76 c07c81870da3",
+        "b4b93229fd76 c07c81870da3 b26ce80f2170",
     ),
     _patch(
         "generate.beam_search.utils:BeamSearchInstance.__init__",
         _instance,
-        "a5587f260df0",
+        "a5587f260df0 e30babc0de63",
     ),
     _patch(
         "generate.beam_search.utils:BeamSearchSequence.get_prompt",

@@ -125,7 +125,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM.generate",
         _generate,
-        "5bd0ee90459b",
+        "5bd0ee90459b f8205b7b520c",
         "admission",
         frontend=True,
     ),
@@ -133,7 +133,7 @@ PATCHES = (
         "vllm.entrypoints.openai.responses.serving:"
         "OpenAIServingResponses._generate_with_builtin_tools",
         _generate_with_builtin_tools,
-        "82be6a64cb9c ee94ab646588",
+        "82be6a64cb9c ee94ab646588 93f3bf216f90",
         "admission",
         frontend=True,
     ),

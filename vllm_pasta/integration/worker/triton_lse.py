@@ -24,9 +24,10 @@ logger = init_logger(__name__)
 
 DIGESTS = {
     "kernel_unified_attention": "2361d13d50e1",
-    "reduce_segments": "9dbdcf2d73d0",
+    "reduce_segments": "9dbdcf2d73d0 ea5c7a7d1441",
 }
-"""SHA-256 of the source of each of vLLM's kernels, first 12 characters."""
+"""SHA-256 of the source of each of vLLM's kernels, first 12 characters; several, separated by
+spaces, where the supported vLLMs differ."""
 
 _EDITS = {
     "kernel_unified_attention": (
@@ -75,7 +76,11 @@ def _choose(name: str) -> bool:
     whether they are there."""
     module = sys.modules[name]
     kernels = {name: getattr(module, name) for name in DIGESTS}
-    unknown = [name for name, kernel in kernels.items() if source_digest(kernel) != DIGESTS[name]]
+    unknown = [
+        name
+        for name, kernel in kernels.items()
+        if source_digest(kernel) not in DIGESTS[name].split()
+    ]
     if unknown:
         logger.warning(
             "vllm-pasta: this vLLM's Triton kernels (%s) are not those it knows, so a steered head "
@@ -129,7 +134,7 @@ PATCHES = (
     Patch(
         "vllm.v1.attention.backends.triton_attn:unified_attention",
         _unified_attention,
-        "7f622e55ccdb",
+        "7f622e55ccdb 222093c6a015",
         "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
         backend="TRITON_ATTN",
     ),
