@@ -49,8 +49,8 @@ CALLED_ANYWHERE = {"__init__", "generate", "kernel"}
 """Names of wrapped methods that vLLM's classes share: their calls say nothing about the target."""
 
 BY_NAME = {
-    "vllm.v1.simple_kv_offload.manager:generate_block_hash_extra_keys": "the plugin refuses this "
-    "connector by name (see integration/scheduler/connectors.py)",
+    "vllm.v1.simple_kv_offload.manager:generate_block_hash_extra_keys": "imported with its "
+    "connector, after the plugin is loaded, so the import finds the wrapper",
     "vllm.v1.worker.gpu_model_runner:build_logitsprocs": "a worker loads plugins before its model "
     "runner, whose import finds the wrapper",
 }

@@ -170,16 +170,20 @@ def test_cases_differ(expected):
 
 
 def test_n_greater_than_one(small_batches, tiny_oracle):
-    """Every one of n samples is steered: the first token's distribution is the steered one."""
-    case = CASES["one span"]
-    params = case.params
-    params.n, params.temperature = 3, 1.0  # a seed with a cut prompt kills plain vLLM's CPU runner
-    (request,) = small_batches.generate({"prompt_token_ids": case.prompt}, params, use_tqdm=False)
-    assert len({tuple(output.token_ids) for output in request.outputs}) == 3
-    for output in request.outputs:
-        rows = tiny_oracle.prompt_logprobs(case.prompt + list(output.token_ids), case.steering)
-        got = logprobs(output)
-        assert (got - rows[len(case.prompt) - 1 : -1]).abs().max() < LOGPROB_TOLERANCE
+    """Every one of n samples is steered, each request's by its own marks: what each token was drawn
+    from is the steered distribution."""
+    cases = [CASES[name] for name in ("one span", "several spans", "plain")]
+    sampling = [case.params for case in cases]
+    for params in sampling:  # a seed with a cut prompt kills plain vLLM's CPU runner
+        params.n, params.temperature = 3, 1.0
+    prompts = [{"prompt_token_ids": case.prompt} for case in cases]
+    requests = small_batches.generate(prompts, sampling, use_tqdm=False)
+    for case, request in zip(cases, requests, strict=True):
+        assert len({tuple(output.token_ids) for output in request.outputs}) == 3
+        for output in request.outputs:
+            rows = tiny_oracle.prompt_logprobs(case.prompt + list(output.token_ids), case.steering)
+            got = logprobs(output)
+            assert (got - rows[len(case.prompt) - 1 : -1]).abs().max() < LOGPROB_TOLERANCE
 
 
 def test_abort_in_mid_flight(small_batches, expected):

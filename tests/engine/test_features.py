@@ -232,6 +232,9 @@ def test_seeds(llm, oracle_rows):
     assert tokens[:2] == tokens[4:]
     assert len({tuple(t) for t in tokens}) == 4
     assert run(llm, sampling[:1])[0].token_ids == tokens[0]
+    sampling[0].n = 2  # the second has the next seed, and differs from that of any other request
+    (request,) = llm.generate({"prompt_token_ids": PROMPT}, sampling[0], use_tqdm=False)
+    assert [output.token_ids for output in request.outputs] == [tokens[0], tokens[2]]
 
 
 def test_priority(llm, oracle_rows):
@@ -276,11 +279,20 @@ def test_prompt_logprobs(time, small_batches, tiny_oracle):
 
 
 def test_prompt_embeddings(llm, tiny_oracle):
-    """Plain ones are served; emphasised ones are refused: there are no tokens to mark."""
+    """Their positions can be emphasised; there is no text in which a mark could be found. Requests
+    of other emphasis, and of other embeddings, share nothing of the cache."""
     with torch.inference_mode():
         embeds = tiny_oracle.model.get_input_embeddings()(torch.tensor(PROMPT))
     prompt = {"prompt_embeds": embeds}
     (request,) = llm.generate(prompt, params(False), use_tqdm=False)
     assert list(request.outputs[0].token_ids) == tiny_oracle.generate(PROMPT, 16)[0]
-    with pytest.raises(EmphasisError, match="expected a prompt of tokens, got one of type embeds"):
-        llm.generate(prompt, params(True), use_tqdm=False)
+    for _ in range(2):  # again from the cache
+        (request,) = llm.generate(prompt, params(True), use_tqdm=False)
+        assert list(request.outputs[0].token_ids) == tiny_oracle.generate(PROMPT, 16, STEERING)[0]
+    assert request.num_cached_tokens > 0
+    (request,) = llm.generate(prompt, params(False), use_tqdm=False)
+    assert list(request.outputs[0].token_ids) == tiny_oracle.generate(PROMPT, 16)[0]
+    for emphasis in ({"text": "a"}, {"markup": "tag", "spans": [[0, 1]]}, {"alpha": 0.1}):
+        refused = SamplingParams(extra_args={"emphasis": emphasis})
+        with pytest.raises(EmphasisError, match="a prompt of embeddings has no text"):
+            llm.generate(prompt, refused, use_tqdm=False)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_pasta.kernels.gpu.launch import Workspace
 from vllm_pasta.request.heads import HeadSet
@@ -176,6 +177,35 @@ def test_only_what_changed_is_copied(monkeypatch):
     assert len(copied) == 1
     assert buffers.show([5])
     assert len(copied) == 2
+
+
+def test_step_in_flight(monkeypatch):
+    """With async scheduling the device is behind: its copies of a step run when the slot has its
+    next request on the host already. Broken by: a copy from what the next request is written to."""
+    buffers, waiting = SteeringBuffers(3, 4, 2, 34), []
+    many = tuple((i, i + 1) for i in range(0, 4 * GROUP, 2))  # more than a record holds
+    copy = torch.Tensor.copy_
+    with monkeypatch.context() as device:
+        device.setattr(torch.Tensor, "copy_", lambda *args, **_: waiting.append(args))
+        buffers.write(1, emphasis(many, prompt_len=99))
+        buffers.show([1])
+        steps = [waiting[:]]
+        for later in (emphasis(((2, 3), *many[2:]), prompt_len=50), None):
+            waiting.clear()
+            buffers.write(1, later)
+            buffers.show([1])
+            steps.append(waiting[:])
+    for step, first, prompt_len in zip(steps, (0, 2, None), (99, 50, None), strict=True):
+        for args in step:
+            copy(*args)
+        if first is None:
+            assert buffers.records[0, SLOT] == PLAIN
+            continue
+        assert buffers.records[0, [SLOT, FIRST, PROMPT_LEN]].tolist() == [1, first, prompt_len]
+        starts = segments(buffers, 0)[:, START]
+        assert starts[starts < prompt_len].tolist() == ([2] if first else [0, 2]) + list(
+            range(4, 4 * GROUP, 2)
+        )
 
 
 @pytest.mark.parametrize("count", [1, GROUP, GROUP + 1, MAX_SPANS])

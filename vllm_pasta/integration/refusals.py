@@ -278,8 +278,8 @@ ENGINE = (
         ),
         (
             "context-parallel",
-            "context parallel, where each rank has a part of every request's keys: a steered head's "
-            "sums over emphasised keys would have to be gathered as vLLM gathers its own",
+            "context parallel, where each rank has a part of every request's keys: a steered "
+            "head's sums over emphasised keys would have to be gathered as vLLM gathers its own",
             lambda e: (
                 e.parallel.decode_context_parallel_size > 1
                 or e.parallel.prefill_context_parallel_size > 1

@@ -75,6 +75,33 @@ def _of_prompt(error: EmphasisError, index: tuple[int, int] | None) -> EmphasisE
     return EmphasisError(error.message, field=error.field, prompt=index[0])
 
 
+def _token_ids(emphasis: Emphasis, prompt: Mapping[str, Any]) -> list[int]:
+    """The prompt's token ids; for a prompt of embeddings as many zeros, of which only the number
+    means anything.
+
+    Raises:
+        EmphasisError: the prompt is of neither kind, or embeddings are to be searched for text.
+    """
+    if prompt.get("type") in ("token", "multimodal"):
+        return list(prompt["prompt_token_ids"])
+    if prompt.get("type") != "embeds":
+        raise EmphasisError(
+            f"expected a prompt of tokens, got one of type {prompt.get('type')}", field=KEY
+        )
+    if emphasis.marks or emphasis.markup is not None or not emphasis.spans:
+        raise EmphasisError(
+            "a prompt of embeddings has no text in which a mark could be found; give `spans`, the "
+            "positions of the embeddings to emphasise",
+            field=KEY,
+        )
+    return list(prompt.get("prompt_token_ids") or [0] * len(prompt["prompt_embeds"]))
+
+
+def _no_text(token_ids: list[int]) -> str:
+    """In place of a decoder, for embeddings."""
+    return ""
+
+
 class Admission:
     """Resolves the emphasis of every request of one engine.
 
@@ -150,12 +177,13 @@ class Admission:
         emphasis = resolution.emphasis
         # An empty form says that there is nothing to steer, and that we have been here.
         wire = Admitted({} if emphasis.is_plain else emphasis.to_wire())
-        if resolution.token_ids != prompt["prompt_token_ids"]:
+        decode = self.locator.decode if prompt.get("prompt_token_ids") else _no_text
+        if decode is not _no_text and resolution.token_ids != prompt["prompt_token_ids"]:
             assert resolution.text is not None
             prompt["prompt"] = resolution.text
             prompt["prompt_token_ids"] = resolution.token_ids
             prompt.pop("prompt_token_offsets", None)
-        metrics.resolved(resolution, self.locator.decode)
+        metrics.resolved(resolution, decode)
         return _with_wire(params, wire)
 
     def admit_beams(self, params: Any, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -289,22 +317,15 @@ class Admission:
             raise EmphasisError("expected a generation request, got a pooling request", field=KEY)
         if resumable:
             raise EmphasisError("a prompt that arrives in parts cannot be emphasised", field=KEY)
-        if prompt.get("type") not in ("token", "multimodal"):
-            raise EmphasisError(
-                f"expected a prompt of tokens, got one of type {prompt.get('type')}", field=KEY
-            )
+        token_ids = _token_ids(emphasis, prompt)
+        if prompt["type"] == "embeds":
+            text = reading = None
         pictures = images.images_of(prompt, self._model_config, is_gpu=support.is_gpu())
         markup = self._markup(emphasis)
         if emphasis.markup is None and emphasis.keep_marks is None and not isinstance(text, str):
             markup = Markup()  # the server's default is for text
         located = self.locator.locate(
-            emphasis,
-            markup,
-            prompt["prompt_token_ids"],
-            text,
-            prompt.get(CHAT_KEY),
-            reading,
-            pictures,
+            emphasis, markup, token_ids, text, prompt.get(CHAT_KEY), reading, pictures
         )
         heads = self._heads(emphasis.heads, needed=bool(located.marks))
         share, strength_from = self.config.share_of(emphasis)

@@ -75,6 +75,7 @@ def _process_inputs(
         "type": "token" if request.prompt_embeds is None else "embeds",
         "mm_placeholders": placeholders,
         "prompt_token_ids": request.prompt_token_ids,
+        "prompt_embeds": request.prompt_embeds,
         "prompt": text if isinstance(text, str) else None,
     }
     admitted = self.pasta_admission.admit(params, rendered, resumable=request.resumable)

@@ -6,7 +6,7 @@ A prompt's KV is right for one emphasis alone. What a connector finds KV by deci
   Nothing is shared, but a proxy that sends the two servers different emphasis would join KV of one
   with decoding of the other. So the prefill server's ``kv_transfer_params`` carry a fingerprint of
   the emphasis, and the decode server refuses a request whose own differs.
-- **block hashes** (offloading): these know of emphasis already, see `cache_keys`.
+- **block hashes** (offloading, Mooncake's store): these know of emphasis, see `cache_keys`.
 - **token ids** (vLLM's example connector): these do not, so the keys of steered requests are salted
   with the fingerprint.
 
@@ -44,6 +44,7 @@ CONNECTORS = {
     "NixlPullConnector": Keyed.REQUEST,
     "OffloadingConnector": Keyed.BLOCK_HASH,
     "SimpleCPUOffloadConnector": Keyed.BLOCK_HASH,
+    "MooncakeStoreConnector": Keyed.BLOCK_HASH,
     "ExampleConnector": Keyed.TOKEN_IDS,
 }
 """Connectors of vLLM that may carry steered KV, by their registered names."""
