@@ -23,7 +23,9 @@ def report():
 
 
 def test_kernels_are_those_that_were_read(report):
-    assert report["digests"] == DIGESTS
+    assert report["digests"].keys() == DIGESTS.keys()
+    for name, digest in report["digests"].items():
+        assert digest in DIGESTS[name].split()
 
 
 @pytest.mark.parametrize("step", ["prefill None", "prefill 24", "decode None", "decode 24"])
