@@ -279,8 +279,8 @@ def test_prompt_logprobs(time, small_batches, tiny_oracle):
 
 
 def test_prompt_embeddings(llm, tiny_oracle):
-    """Their positions can be emphasised; there is no text in which a mark could be found. Requests
-    of other emphasis, and of other embeddings, share nothing of the cache."""
+    """Their positions can be emphasised; there is no text in which a mark could be found. The cache
+    keeps plain and emphasised ones apart."""
     with torch.inference_mode():
         embeds = tiny_oracle.model.get_input_embeddings()(torch.tensor(PROMPT))
     prompt = {"prompt_embeds": embeds}
@@ -292,7 +292,7 @@ def test_prompt_embeddings(llm, tiny_oracle):
     assert request.num_cached_tokens > 0
     (request,) = llm.generate(prompt, params(False), use_tqdm=False)
     assert list(request.outputs[0].token_ids) == tiny_oracle.generate(PROMPT, 16)[0]
-    for emphasis in ({"text": "a"}, {"markup": "tag", "spans": [[0, 1]]}, {"alpha": 0.1}):
+    for emphasis in ({"text": "a"}, {"markup": "tag", "spans": [[0, 1]]}):
         refused = SamplingParams(extra_args={"emphasis": emphasis})
         with pytest.raises(EmphasisError, match="a prompt of embeddings has no text"):
             llm.generate(prompt, refused, use_tqdm=False)
