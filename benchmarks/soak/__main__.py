@@ -1,0 +1,161 @@
+"""Loads a real server with mixed traffic, and holds its answers against the oracle.
+
+    python -m benchmarks.soak --hours 2 --json soak.json --plot soak.png
+
+Requests of every way of marking, plain ones, some that must be refused, streams, clients that leave
+in mid-stream, n = 2, structured outputs and chats with growing history arrive at a changing rate. A
+small KV cache makes the prefix cache evict and requests be preempted. Sampled answers are judged by
+the oracle on transformers: every log-probability, and every greedy token. Ends with 1 if an answer
+is wrong, or a request did not end as it should. Traffic goes to this machine alone.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import AutoConfig, AutoTokenizer
+
+from benchmarks.soak import report
+from benchmarks.soak.client import Client
+from benchmarks.soak.judge import Judge
+from benchmarks.soak.traffic import Size, Traffic
+from benchmarks.soak.watch import Watch
+from benchmarks.throughput import describe, say
+
+BLOCK = 32
+START_SECONDS = 600
+
+
+@contextmanager
+def server(options: argparse.Namespace, log: Path) -> Iterator[tuple[str, int]]:
+    """A server with few KV blocks. Yields its address and its process's number."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(Path(sys.executable).parent / "vllm"), "serve", options.model, "--plugin", "pasta",
+        "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", options.dtype, "--enforce-eager", "--max-model-len", str(options.longest),
+        "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(options.kv_tokens // BLOCK),
+        "--max-num-seqs", "16", "--gpu-memory-utilization", "0.05", "--max-logprobs", "1",
+    ]  # fmt: skip
+    env = {**os.environ, "VLLM_PLUGINS": "pasta", "VLLM_LOGGING_LEVEL": "WARNING"}
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
+            try:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(1)
+        yield url, process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """One run: the figures, and what was counted."""
+    config = AutoConfig.from_pretrained(options.model).get_text_config()
+    size = Size(config.num_hidden_layers, config.num_attention_heads, options.longest)
+    seconds = options.hours * 3600 if options.hours else options.minutes * 60
+    with tempfile.TemporaryDirectory() as folder:
+        say("starting the server …")
+        with server(options, Path(folder) / "log") as (url, pid):
+            known = httpx.get(f"{url}/v1/emphasis/head_sets", timeout=60).json()["head_sets"]
+            sets = {
+                name: {int(layer): heads for layer, heads in described["heads"].items()}
+                for name, described in known.items()
+            }
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            traffic = Traffic(tokenizer, size, sets, options.seed)
+            judge = Judge(options.model, options.judge, options.seed)
+            watch = Watch(url, pid, every=max(1.0, seconds / 200))
+            client = Client(
+                url, traffic, options.rate, seconds, options.requests, judge.put, options.seed
+            )
+            try:
+                asyncio.run(_show(client, judge, seconds))
+            finally:
+                watch.close()
+                judge.close()
+            return report.figures(client.counts, judge, watch), client.counts
+
+
+async def _show(client: Client, judge: Judge, seconds: float) -> None:
+    """Runs the client, and says every half minute how far it is."""
+    task = asyncio.create_task(client.run())
+    begin = time.monotonic()
+    while not task.done():
+        await asyncio.wait([task], timeout=30)
+        counts = client.counts
+        say(
+            f"{(time.monotonic() - begin) / 60:.1f} of {seconds / 60:.1f} min: "
+            f"{sum(counts.kinds.values())} requests, {judge.judged} judged, "
+            f"{len(judge.wrong)} wrong, {counts.fault_count} faults"
+        )
+    await task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="folder or name; default: SmolLM2-135M from its package")
+    parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
+    parser.add_argument("--hours", type=float, help="the same in hours")
+    parser.add_argument("--rate", type=float, default=1.0, help="mean requests a second (1)")
+    parser.add_argument("--requests", type=int, default=100_000, help="at most so many")
+    parser.add_argument("--judge", type=float, default=0.3, help="share that is judged (0.3)")
+    parser.add_argument(
+        "--longest", type=int, default=512, help="the model's context, tokens (512)"
+    )
+    parser.add_argument("--kv-tokens", type=int, default=1536, help="size of the KV cache (1536)")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other traffic")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
+    options = parser.parse_args()
+    if options.model is None:
+        from vllm_pasta.cli.smollm2 import model_path
+
+        options.model = str(model_path())
+    options.dtype, options.eager, options.runs = "float32", True, 1
+    result, counts = run(options)
+    result = {**describe("soak", options), **result}
+    print(report.text(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        report.draw(counts, result, Path(options.plot))
+    if found := report.problems(result):
+        raise SystemExit("failed: " + "; ".join(found))
+    print("every judged answer is the oracle's")
+
+
+if __name__ == "__main__":
+    main()
