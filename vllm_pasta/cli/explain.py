@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         )
     chat = None
     if args.messages is not None:
-        chat = _chat(tokenizer, _read(args.messages))
+        chat = load_chat(tokenizer, _read(args.messages))
         try:
             text = chat.render([dict(message) for message in chat.messages])
         except Exception as e:  # a template may raise anything
@@ -203,7 +203,12 @@ def _emphasis(value: str) -> Any:
         return value
 
 
-def _chat(tokenizer: Any, text: str) -> Chat:
+def load_chat(tokenizer: Any, text: str) -> Chat:
+    """Messages, as JSON, and how the tokenizer's chat template renders them.
+
+    Raises:
+        EmphasisError: the text is no list of messages.
+    """
     try:
         messages = json.loads(text)
     except ValueError as e:

@@ -1,0 +1,65 @@
+"""A short run of the soak: a real server under mixed traffic, its answers held against the oracle.
+
+And that its judge sees what it is there to see: `python -m benchmarks.soak` runs for hours.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak.client import Answer
+from benchmarks.soak.judge import Judge
+from benchmarks.soak.traffic import Ask
+from vllm_pasta.verify.oracle import Steering
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_short_run(smollm2, tmp_path):
+    """Steered, plain and refused requests, whole and streamed: none is answered wrongly."""
+    result = tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", "--model", smollm2, "--requests", "40",
+         "--minutes", "3", "--rate", "2", "--judge", "0.7", "--json", result],
+        cwd=ROOT, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    figures = json.loads(result.read_text())
+    assert figures["requests"] == 40
+    assert figures["wrong_answers"] == figures["faults"] == figures["server_errors"] == 0
+    assert figures["judged_steered"] > 5
+    assert figures["refused_as_expected"] > 0
+    assert figures["median_effect_of_steering"] > 20 * figures["largest_error"]
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_oracle):
+    """The oracle's own answer to one prompt, steered and not."""
+    ids = list(range(40, 90))
+    steering = Steering([(5, 12)], {1: [0, 1], 2: [3]}, 0.01, len(ids))
+    body = {"max_tokens": 6, "temperature": 0}
+    made = {}
+    for name, how in (("steered", steering), ("plain", None)):
+        tokens, rows = tiny_oracle.generate(ids, 6, how)
+        logprobs = rows.gather(1, rows.argmax(-1, keepdim=True))[:, 0].tolist()
+        made[name] = (tokens, logprobs)
+    return {
+        (asked, given): Answer(Ask("", "", body, ids, how), *made[given], text="")
+        for asked, how in (("steered", steering), ("plain", None))
+        for given in made
+    }
+
+
+@pytest.mark.parametrize("asked", ["steered", "plain"])
+@pytest.mark.parametrize("given", ["steered", "plain"])
+def test_the_judge_sees_a_leak(asked, given, answers, tiny):
+    """The plain answer to a steered request is wrong, and the other way round."""
+    judge = Judge(tiny, share=1.0, seed=0)
+    judge.put(answers[asked, given])
+    judge.close()
+    assert (len(judge.wrong), judge.judged) == (int(asked != given), 1)
