@@ -141,7 +141,7 @@ class Traffic:
             opens, closes = ("<emphasis>", "</emphasis>") if way == "tag" else ("**", "**")
             written = content.replace(marked, opens + marked + closes)
             body = {"messages": [*messages[:-1], {"role": "user", "content": written}]}
-            mark = {"markup": way, "keep_marks": False}
+            mark = {"markup": way} if way == "tag" else {"markup": way, "keep_marks": False}
         body["emphasis"] = {**mark, **told}
         return self._ask(f"chat {way}", "chat", body, text, [range_], strength)
 

@@ -697,7 +697,27 @@ def test_builds_at_once(fresh, monkeypatch):
     with ThreadPoolExecutor(3) as pool:  # the lock is on the open file, so threads do as well
         built = set(pool.map(lambda _: launch.build(), range(3)))
     assert len(built) == len(compiled) == 1
-    assert {file.name for file in built.pop().parent.iterdir()} == {"cpu.so", "lock"}
+    assert {file.name for file in built.pop().parent.iterdir()} == {"cpu.so", "cpu.sha256", "lock"}
+
+
+def test_damaged_kernel_is_built_again(fresh):
+    """A process that crashes at every start, since a machine stopped while it wrote the kernel."""
+    library = launch.build()
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    code = "from vllm_pasta.kernels.cpu import select; assert select.prepare() == 'cpp'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert launch.build().read_bytes()[:100] == whole[:100]
+    assert len(library.read_bytes()) == len(whole)
+
+
+def test_cache_folder_that_cannot_be_written(fresh, monkeypatch, caplog):
+    """An engine that dies of it; or one that does not say why it is slow."""
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(fresh / "file"))
+    with caplog.at_level(logging.WARNING, logger="vllm_pasta"):
+        assert select.prepare() == "reference"
+    assert "Not a directory" in caplog.records[0].message
 
 
 def test_loads_no_second_openmp_runtime():

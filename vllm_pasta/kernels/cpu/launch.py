@@ -271,13 +271,31 @@ def build() -> Path:
         raise KernelError(f"found no C++ compiler {compiler[0]!r} (CXX names another)")
     folder = envs.cache_dir() / "kernels" / _key(compiler)
     library = folder / "cpu.so"
-    if not library.exists():
+    if not _is_whole(library):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
+            if not _is_whole(library):
                 _compile(compiler, library)
+                _digest_file(library).write_text(_digest(library), encoding="utf-8")
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is what was compiled: a process that loads a part of a library crashes, and a
+    machine that stopped while it wrote, or a full disk, can leave that."""
+    try:
+        return _digest_file(library).read_text(encoding="utf-8") == _digest(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def _compile(compiler: list[str], library: Path) -> None:
