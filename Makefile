@@ -10,7 +10,7 @@ VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
 PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test test-all check fast format docs upstream bench heads clean
+.PHONY: help setup demo test test-all check fast format docs upstream bench soak heads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -47,6 +47,9 @@ upstream: $(STAMP) ## what another vLLM changes that the plugin builds on: VERSI
 bench: $(STAMP) ## all benchmarks, against plain vLLM, with plots (an hour; BENCH=--short: minutes)
 	$(VENV)/bin/pip install --quiet matplotlib
 	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+soak: $(STAMP) ## ten minutes of mixed traffic on a server, its answers held against the oracle
+	$(VENV)/bin/python -m benchmarks.soak $(SOAK)
 
 heads: $(STAMP) ## find SmolLM2's heads for the paper's tasks (two hours; experiments/find_heads.sh)
 	$(VENV)/bin/pip install --quiet matplotlib
