@@ -32,10 +32,10 @@ def images_of(prompt: Mapping[str, Any], model_config: Any, *, is_gpu: bool) -> 
         )
     found = placeholders.get("image") or ()
     both_ways = bool(found and model_config.is_mm_prefix_lm)
-    if both_ways:
+    if both_ways and is_gpu:
         raise EmphasisError(
-            "the image tokens of this model attend both ways, which steered attention does not "
-            "know; a prompt with images cannot be emphasised here",
+            "the image tokens of this model attend both ways, which steered attention on a GPU "
+            "does not know; a prompt with images cannot be emphasised here",
             field=KEY,
         )
     return Images(
