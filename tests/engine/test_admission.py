@@ -239,6 +239,10 @@ def test_model_that_cannot_be_steered(reason, tmp_path, monkeypatch):
                 }
             },
         ),
+        (
+            "hybrid, and no test shows it steered in pipeline stages",
+            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+        ),
     ],
 )
 def test_hybrid_with_what_nothing_shows(reason, options, tmp_path):

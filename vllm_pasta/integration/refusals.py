@@ -220,6 +220,12 @@ ENGINE = (
             "differently steered requests apart",
             lambda e: e.model.is_hybrid and e.config.kv_transfer_config is not None,
         ),
+        (
+            "hybrid-pipeline",
+            "the model is hybrid, and no test shows it steered in pipeline stages, which may have "
+            "no attention layer",
+            lambda e: e.model.is_hybrid and e.parallel.pipeline_parallel_size > 1,
+        ),
     ),
     *_shown_by(
         f"{_ADMISSION}test_other_platform_and_model_runner_v2",
