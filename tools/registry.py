@@ -10,10 +10,12 @@ shows (`LAYER`, but for the kind of layer) is not counted.
 import functools
 import importlib
 import inspect
+import multiprocessing
 import types
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +88,16 @@ class Verdict:
 
 @functools.cache
 def verdicts() -> dict[str, Verdict]:
-    """Of every generation architecture, by name."""
+    """Of every generation architecture, by name.
+
+    They are found in a process of its own: vLLM 0.32 starts no engine on a CPU in one that has
+    imported every model, since one of them imports numba (`triton_utils/dispatcher.py`).
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_verdicts).result()
+
+
+def _verdicts() -> dict[str, Verdict]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of default configurations, which nobody runs
         return {name: _verdict(name) for names in MAPS.values() for name in names}
