@@ -49,6 +49,15 @@ SESSION_SECONDS = 80 * 60  # continuous integration stops at 90 minutes, and sho
 FIRST = ("server", "gpu", "upstream", "engine", "unit")
 
 
+LASTING = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+"""vLLM sets it in this process for some models, as DeepSeek V3.2, and then compiles none."""
+if LASTING not in os.environ:
+
+    def pytest_runtest_teardown():
+        """What vLLM set for one test's model must not reach the next test's."""
+        os.environ.pop(LASTING, None)
+
+
 def start(model, **options):
     """An in-process engine with settings that suit small tests."""
     from vllm import LLM, envs
