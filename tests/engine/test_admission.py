@@ -263,11 +263,12 @@ def test_other_platform_and_model_runner_v2(small_batches, monkeypatch):
     """Not reached on a CPU, so what vLLM says of itself is changed."""
     from types import SimpleNamespace
 
-    from vllm_pasta.integration import refusals, support
+    from vllm_pasta.integration import support
+    from vllm_pasta.integration.refusals import refusal
 
     config = small_batches.llm_engine.vllm_config
     rocm = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="rocm")
-    monkeypatch.setattr(refusals, "current_platform", rocm)
+    monkeypatch.setattr(refusal, "current_platform", rocm)
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     reasons = "the platform is rocm, not cpu or cuda; Model Runner V2 is in use"
     with pytest.raises(UnsupportedError, match=reasons):
