@@ -5,238 +5,33 @@ Broken by: a bias on a wrong key, row or head; a key that a row must not see; a 
 that is lost; a plain row, head or padding row that is touched.
 """
 
-import itertools
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import triton.language as tl
+from gpu_cases import (
+    DEVICE,
+    LAYER,
+    Case,
+    Request,
+    check_random,
+    interpreter_multiplies_bfloat16,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention
-from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.resolution import LEAST_FACTOR, ResolvedEmphasis
+from vllm_pasta.kernels.gpu.launch import Workspace, steered_attention
 from vllm_pasta.steering.plan import LayerAttention
-from vllm_pasta.steering.slots import SteeringBuffers
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYER = 1
 
 
 @pytest.fixture(autouse=True)
-def interpreter_multiplies_bfloat16(monkeypatch):
-    """Triton 3.7's interpreter keeps bfloat16 as uint16, and `tl.dot` multiplies these integers."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot = InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    monkeypatch.setattr(
-        InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest),
-    )
-
-
-@dataclass
-class Request:
-    """``heads`` of LAYER are steered; none: a plain request."""
-
-    seq_len: int
-    query_len: int
-    prompt_len: int = 10**6
-    spans: tuple = ()
-    alpha: float = 0.01
-    heads: tuple = ()
-    factors: tuple = ()  # of the spans, where they are not all 1
-    share: float | None = None  # instead of alpha
-
-
-@dataclass
-class Case:
-    """A step of random numbers, and what it should come to."""
-
-    requests: list
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_size: int = 64
-    value_size: int = 0  # 0: as the keys'
-    latent: bool = False  # values are the first part of their keys, the same for all KV heads
-    block_size: int = 16
-    dtype: torch.dtype = torch.float32
-    cache_dtype: torch.dtype | None = None
-    nhd: bool = False
-    window: int | None = None
-    soft_cap: float | None = None
-    alibi: bool = False
-    sinks: bool = False
-    padding: int = 0
-    seed: int = 0
-    tensors: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        torch.manual_seed(self.seed)
-        blocks = [-(-r.seq_len // self.block_size) for r in self.requests]
-        total = sum(blocks) + 1
-        self.value_size = self.value_size or self.head_size
-        width = self.head_size + (0 if self.latent else self.value_size)
-        kv_heads = 1 if self.latent else self.num_kv_heads
-        shape = (total, kv_heads, self.block_size, width)
-        if self.nhd:
-            shape = (total, self.block_size, kv_heads, width)
-        cache = torch.randn(shape)
-        if self.nhd:
-            cache = cache.transpose(1, 2)
-        cache[0] = float("nan")  # vLLM's null block: nothing may be read from it
-        cache = cache.to(self.cache_dtype or self.dtype)
-        table = torch.zeros(len(blocks) + self.padding, max(blocks) + 1, dtype=torch.int32)
-        order = iter(torch.randperm(total - 1) + 1)
-        for r, count in enumerate(blocks):
-            table[r, :count] = torch.tensor([next(order) for _ in range(count)])
-            if self.window is not None:  # blocks that no row of the step sees are given away
-                gone = self.requests[r].seq_len - self.requests[r].query_len + 1 - self.window
-                table[r, : max(0, gone) // self.block_size] = 0
-        ends = list(itertools.accumulate(r.query_len for r in self.requests))
-        query_start = [0, *ends, *[ends[-1]] * self.padding]
-        tokens = ends[-1] + self.padding
-        size = (tokens, self.num_heads, self.head_size)
-        self.attention = LayerAttention(
-            self.head_size**-0.5, self.window, self.soft_cap,
-            (torch.rand(self.num_heads) / 8).to(DEVICE) if self.alibi else None,
-            torch.randn(self.num_heads).to(DEVICE) if self.sinks else None,
-        )  # fmt: skip
-        self.scales = (
-            None
-            if self.cache_dtype is None
-            else (torch.tensor([0.7]).to(DEVICE), torch.tensor([1.3]).to(DEVICE))
-        )
-        self.query = torch.randn(size).to(self.dtype).to(DEVICE)
-        self.cache = cache.to(DEVICE).expand(-1, self.num_kv_heads, -1, -1)
-        seq_lens = [r.seq_len for r in self.requests] + [0] * self.padding
-        self.batch = Batch(
-            torch.tensor(query_start, dtype=torch.int32).to(DEVICE),
-            torch.tensor(seq_lens, dtype=torch.int32).to(DEVICE),
-            table.to(DEVICE),
-            max(r.query_len for r in self.requests),
-        )
-        self.buffers = SteeringBuffers(
-            len(self.requests) + 3, len(self.requests) + self.padding, 3, self.num_heads,
-            device=DEVICE,
-        )  # fmt: skip
-        self.workspace = Workspace(self.value_size, DEVICE)
-        self.slots = [len(self.requests) + 1 - r for r in range(len(self.requests))]
-        self.write()
-
-    def write(self):
-        for r, request in enumerate(self.requests):
-            steered = request.heads and ResolvedEmphasis(
-                request.spans,
-                request.alpha if request.share is None else LEAST_FACTOR,
-                HeadSet.from_json({str(LAYER): request.heads, "2": [0]}),
-                min(request.prompt_len, request.seq_len),
-                request.factors,
-                request.share,
-            )
-            self.buffers.write(self.slots[r], steered or None)
-        return self.buffers.show(self.slots)
-
-    def is_steered(self):
-        """bool ``[num_tokens, num_heads]``."""
-        steered = torch.zeros(self.query.shape[:2], dtype=torch.bool)
-        for r, request in enumerate(self.requests):
-            end = int(self.batch.query_start[r + 1])
-            for head in request.heads:
-                rows = min(request.seq_len - request.spans[0][0], request.query_len)
-                steered[end - max(rows, 0) : end, head] = True
-        return steered
-
-    def dense(self, steer, dtype=torch.float64):
-        """Output and log-sum-exp of each row, computed in ``dtype``, request by request."""
-        output = torch.zeros(*self.query.shape[:2], self.value_size, dtype=dtype)
-        lse = torch.zeros(self.query.shape[:2], dtype=dtype)
-        group = self.num_heads // self.num_kv_heads
-        for r, request in enumerate(self.requests):
-            begin = int(self.batch.query_start[r])
-            blocks = self.batch.block_table[r].long()
-            cached = self.cache.to(dtype)[blocks].transpose(1, 2).flatten(0, 1)[: request.seq_len]
-            keys, values = cached.cpu().tensor_split([self.head_size], dim=-1)
-            if self.latent:
-                values = keys[..., : self.value_size]
-            if self.scales is not None:
-                keys, values = keys * self.scales[0].item(), values * self.scales[1].item()
-            first = request.spans[0][0] if request.heads else None
-            prompt_len = min(request.prompt_len, request.seq_len)
-            bias = torch.zeros(request.seq_len, dtype=dtype)
-            bias[:prompt_len] = torch.tensor(request.alpha, dtype=torch.float64).log()
-            factors = request.factors or [1.0] * len(request.spans)
-            for (start, end), factor in zip(request.spans, factors, strict=True):
-                bias[start:end] = torch.tensor(factor, dtype=torch.float64).log()
-            for i, h in itertools.product(range(request.query_len), range(self.num_heads)):
-                position = request.seq_len - request.query_len + i
-                begin_key = 0 if self.window is None else max(0, position + 1 - self.window)
-                seen = slice(begin_key, position + 1)
-                logits = keys[seen, h // group] @ self.query[begin + i, h].cpu().to(dtype)
-                logits = logits * self.attention.scale
-                if self.soft_cap is not None:
-                    logits = (logits / self.soft_cap).tanh() * self.soft_cap
-                if self.alibi:
-                    distance = torch.arange(begin_key, position + 1) - position
-                    logits = logits + self.attention.alibi_slopes[h].item() * distance
-                lse[begin + i, h] = logits.logsumexp(0)
-                if steer and h in request.heads and position >= first:
-                    if request.share is None:
-                        logits = logits + bias[seen]
-                    else:
-                        key = torch.arange(begin_key, position + 1)
-                        marked = sum((key >= a) & (key < b) for a, b in request.spans) > 0
-                        rest = ~marked & (key < prompt_len)
-                        of_marked, of_rest = (logits[x].exp().sum() for x in (marked, rest))
-                        if of_marked > 0 and of_marked / (of_marked + of_rest) < request.share:
-                            factor = (of_marked / request.share - of_marked) / of_rest
-                            logits[rest] += factor.clamp(min=1e-4).log()
-                if self.sinks:
-                    sink = self.attention.sinks[h].cpu().to(dtype)[None]
-                    logits = torch.cat([logits, sink])
-                weights = logits.softmax(0)[: position + 1 - begin_key]
-                output[begin + i, h] = weights @ values[seen, h // group]
-        return output, lse
-
-    def run(self, output, lse=None):
-        """The kernels, over the plain ``output``."""
-        output = output.to(self.dtype).to(DEVICE)
-        steered_attention(
-            self.query, self.cache, output, self.buffers, LAYER, self.batch, self.attention,
-            self.workspace, self.scales, None if lse is None else lse.float().to(DEVICE),
-            value_at=0 if self.latent else None,
-        )  # fmt: skip
-        assert not self.workspace.counters.any()  # as the next launch must find them
-        return output.cpu()
-
-    def check(self, tolerance=1e-5):
-        """Both kernels give the dense result, and touch nothing that is plain."""
-        plain, lse = self.dense(steer=False)
-        wanted, _ = self.dense(steer=True)
-        same = ~self.is_steered()
-        assert (plain == wanted).all(-1)[same].all()
-        for given_lse in (None, lse):
-            output = self.run(plain, given_lse)
-            assert torch.equal(output[same], plain.to(self.dtype)[same])
-            error = (output.double() - wanted).abs().max()
-            if self.dtype == torch.float32:
-                assert error < tolerance
-            else:  # at most twice that of plain torch in that dtype
-                assert error <= 2 * (self.dense(True, self.dtype)[0].double() - wanted).abs().max()
+def bfloat16():
+    with interpreter_multiplies_bfloat16():
+        yield
 
 
 MIXED = [
@@ -447,6 +242,14 @@ def test_any_step(batch, window, nhd):
         assert (case.run(plain, given_lse).double() - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.slow
+def test_random_steps():
+    """With every feature of the kernel; `python -m tools.fuzz_kernel --kernel triton` runs as many
+    as one wants."""
+    for seed in range(50):
+        check_random(seed)
+
+
 @pytest.mark.parametrize("query_len", [1, 5])
 def test_more_heads_than_a_tile_has_rows(query_len):
     """20 to a KV head."""
@@ -477,7 +280,7 @@ def test_other_layers_heads(monkeypatch):
     """A layer without steered heads, though others of the request have some."""
     case = Case(MIXED)
     plain, _ = case.dense(steer=False)
-    monkeypatch.setattr(f"{__name__}.LAYER", 0)
+    monkeypatch.setattr("gpu_cases.LAYER", 0)
     assert torch.equal(case.run(plain), plain.float())
 
 

@@ -1,204 +1,36 @@
-"""Every kernel against a dense computation in fp64 that shares no code with them.
-
-The tests pack the KV cache themselves and fill its unused slots with NaN.
-"""
+"""Every kernel against a dense computation in fp64 that shares no code with them."""
 
 import logging
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import (
+    LAYER,
+    Case,
+    Request,
+    check,
+    check_random,
+    check_whole,
+    decode,
+    error,
+    prefill,
+)
 
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.integration.frontend.routes import attention
 from vllm_pasta.kernels import reference
 from vllm_pasta.kernels.cpu import launch, select
-from vllm_pasta.request.heads import HeadSet
-from vllm_pasta.request.resolution import LEAST_FACTOR, ResolvedEmphasis
-from vllm_pasta.steering.plan import LayerAttention, StaticPlan, StepPlan
+from vllm_pasta.steering.plan import LayerAttention
 
 KERNELS = {"cpp": launch.steered_attention, "reference": reference.steered_attention}
-LAYER = 3
-
-
-@dataclass
-class Request:
-    """One request of a batch; plain where it has no spans."""
-
-    seq_len: int
-    query_len: int
-    spans: tuple[tuple[int, int], ...] = ()
-    prompt_len: int | None = None
-    alpha: float = 0.01
-    heads: tuple[int, ...] = (0,)
-    factors: tuple[float, ...] = ()  # of the spans; all 1 where there are none
-    share: float | None = None  # instead of alpha
-
-    def emphasis(self) -> ResolvedEmphasis:
-        heads = HeadSet(((LAYER, self.heads),))
-        prompt_len = self.prompt_len or self.seq_len
-        alpha = self.alpha if self.share is None else LEAST_FACTOR
-        return ResolvedEmphasis(self.spans, alpha, heads, prompt_len, self.factors, self.share)
-
-
-@dataclass
-class Case:
-    """A batch, and the tensors that vLLM would hold for it."""
-
-    requests: list[Request]
-    dtype: torch.dtype = torch.float32
-    layout: str = "vec"
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_size: int = 64
-    block_size: int = 128
-    kind: dict[str, Any] = field(default_factory=dict)  # of LayerAttention, but for the scale
-    keys: list[torch.Tensor] = field(init=False)
-    values: list[torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        lengths = [r.seq_len for r in self.requests]
-
-        def random(n: int, heads: int) -> torch.Tensor:
-            return torch.randn(n, heads, self.head_size).to(self.dtype)
-
-        self.keys = [random(n, self.num_kv_heads) * 2 for n in lengths]
-        self.values = [random(n, self.num_kv_heads) for n in lengths]
-        self.query = random(sum(r.query_len for r in self.requests), self.num_heads) * 2
-        self.attention = LayerAttention(self.head_size**-0.5, **self.kind)
-        self.starts = [0]
-        for r in self.requests:
-            self.starts.append(self.starts[-1] + r.query_len)
-        self._pack()
-
-    def _pack(self) -> None:
-        """Blocks in random order; every slot without a token is NaN.
-
-        What is missing in the block table, at its end or before the window, is -1.
-        """
-        d, size = self.head_size, self.block_size
-        counts = [-(-r.seq_len // size) for r in self.requests]
-        order = torch.randperm(sum(counts) + 2)
-        self.block_table = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
-        self.kv_cache = torch.full(
-            (len(order), self.num_kv_heads, size, 2 * d), float("nan"), dtype=self.dtype
-        )
-        taken = 0
-        for r, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            first = self.requests[r].seq_len - self.requests[r].query_len + 1
-            first -= self.kind.get("window", first)  # vLLM gives away the blocks before its block
-            for b in range(max(0, first) // size, counts[r]):
-                block = int(order[taken])
-                taken += 1
-                self.block_table[r, b] = block
-                for head in range(self.num_kv_heads):
-                    k, v = self.kv_cache[block, head].flatten().chunk(2)
-                    tokens = slice(b * size, min((b + 1) * size, len(keys)))
-                    n = tokens.stop - tokens.start
-                    if self.layout == "amx":
-                        t, c = torch.arange(n)[:, None], torch.arange(d)[None]
-                        k[(t // 16) * (d * 16) + (c // 2) * 32 + (t % 16) * 2 + c % 2] = keys[
-                            tokens, head
-                        ]
-                        v[(c // 16) * (size * 16) + (t // 2) * 32 + (c % 16) * 2 + t % 2] = values[
-                            tokens, head
-                        ]
-                    else:
-                        k.view(d, size)[:, :n] = keys[tokens, head].T
-                        v.view(size, d)[:n] = values[tokens, head]
-
-    def plan(self) -> StepPlan:
-        static = StaticPlan.pack(
-            [(i, r.emphasis()) for i, r in enumerate(self.requests) if r.spans]
-        )
-        plan = StepPlan.build(
-            static,
-            torch.tensor(self.starts, dtype=torch.int32),
-            torch.tensor([r.seq_len for r in self.requests], dtype=torch.int32),
-            self.block_table,
-        )
-        assert plan is not None
-        return plan
-
-    def run(self, kernel, output: torch.Tensor | None = None) -> torch.Tensor:
-        """The output, made from the plain one; NaN where nothing is to be written."""
-        if output is None:
-            output = torch.empty_like(self.query)
-        output.copy_(self.dense(torch.float64, steered=False))
-        plan = self.plan()
-        heads = plan.static.layers[LAYER]
-        kernel(self.query, self.kv_cache, output, plan, heads, self.attention, self.layout)
-        return output
-
-    def dense(self, dtype: torch.dtype, steered: bool = True) -> torch.Tensor:
-        """The steered pairs, or their plain attention, by the textbook and all in ``dtype``."""
-        output = torch.full_like(self.query, float("nan"), dtype=dtype)
-        group = self.num_heads // self.num_kv_heads
-        for i, r in enumerate(self.requests):
-            if not r.spans:
-                continue
-            q_pos = torch.arange(r.seq_len - r.query_len, r.seq_len)[:, None]
-            k_pos = torch.arange(r.seq_len)[None]
-            hidden = (k_pos > q_pos) | (q_pos - k_pos >= self.kind.get("window", r.seq_len))
-            factor = torch.full_like(k_pos, r.alpha, dtype=torch.float64)
-            for (a, b), own in zip(r.spans, r.factors or [1.0] * len(r.spans), strict=True):
-                factor[(k_pos >= a) & (k_pos < b)] = own
-            factor[k_pos >= (r.prompt_len or r.seq_len)] = 1.0
-            bias = factor.log() if steered else torch.zeros_like(factor)
-            bias = bias.masked_fill(hidden, float("-inf")).to(dtype)  # [T, S]
-            before = q_pos < r.spans[0][0]
-            rows = slice(self.starts[i], self.starts[i + 1])
-            for h in r.heads:
-                k, v = (x[i][:, h // group].to(dtype) for x in (self.keys, self.values))
-                logits = self.query[rows, h].to(dtype) @ k.T * self.attention.scale
-                if cap := self.kind.get("soft_cap"):
-                    logits = (logits / cap).tanh() * cap
-                if (slopes := self.kind.get("alibi_slopes")) is not None:
-                    logits = logits + (slopes[h] * (k_pos - q_pos)).to(dtype)
-                if steered and r.share is not None:
-                    bias = share_bias(r, logits.double(), hidden, k_pos).to(dtype)
-                logits = logits + bias
-                if (sinks := self.kind.get("sinks")) is not None:
-                    sink = sinks[h].to(dtype).expand(len(logits), 1)
-                    logits, v = torch.cat([logits, sink], 1), torch.cat([v, v[:1] * 0])
-                result = logits.softmax(-1) @ v
-                output[rows, h] = result.masked_fill(before, float("nan"))
-        return output
-
-
-def share_bias(r: Request, logits: torch.Tensor, hidden: torch.Tensor, k_pos: torch.Tensor):
-    """The same for a share: each row has a factor of its own, found in the weights themselves."""
-    weights = (logits - logits.masked_fill(hidden, -1e9).amax(-1, keepdim=True)).exp()
-    weights = weights.masked_fill(hidden, 0.0)
-    prompt = k_pos < (r.prompt_len or r.seq_len)
-    marked = sum((k_pos >= a) & (k_pos < b) for a, b in r.spans).bool()
-    of_marked = weights.masked_fill(~marked, 0.0).sum(-1)
-    of_rest = weights.masked_fill(marked | ~prompt, 0.0).sum(-1)
-    is_short = (of_marked > 0) & (of_marked / (of_marked + of_rest) < r.share)
-    factor = torch.where(is_short, (of_marked / r.share - of_marked) / of_rest, 1.0).clamp(1e-4)
-    reached = of_marked / (of_marked + factor * of_rest)
-    assert (reached[is_short & (factor > 1e-4)] - r.share).abs().lt(1e-9).all()
-    factors = torch.where(marked | ~prompt, 1.0, factor[:, None])
-    return factors.log().masked_fill(hidden, float("-inf"))
-
-
-def decode(seq_len: int, **options) -> Request:
-    options = {"spans": ((seq_len // 3, seq_len // 3 + max(1, seq_len // 5)),), **options}
-    return Request(seq_len, 1, **options)
-
-
-def prefill(seq_len: int, **options) -> Request:
-    return replace(decode(seq_len, **options), query_len=seq_len)
-
 
 MIXED = [
     Request(33, 33),
@@ -383,19 +215,11 @@ def recast(case: Case, dtype: torch.dtype, layout: str) -> Case:
     return replace(case, dtype=dtype, layout=layout)
 
 
-def error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    assert torch.equal(got.isnan(), truth.isnan()), "wrote other pairs than the steered ones"
-    return (got.double() - truth).nan_to_num().abs().max().item()
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", CASES)
 def test_fp32_agrees_with_dense(name, kernel):
     """Any wrong bias, mask, stride, merge or tail, or an inexact exp."""
-    case = recast(CASES[name], torch.float32, "vec")
-    truth = case.dense(torch.float64)
-    plain = error(case.dense(torch.float32), truth)
-    assert error(case.run(KERNELS[kernel]), truth) <= 2 * plain + 1e-6
+    check(recast(CASES[name], torch.float32, "vec"), KERNELS[kernel])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -407,11 +231,7 @@ def test_fp32_agrees_with_dense(name, kernel):
 @pytest.mark.parametrize("name", CASES)
 def test_16_bit_error_is_at_most_twice_plain_torch(name, dtype, layout, kernel):
     """A wrong layout, or arithmetic that rounds more than textbook attention in that dtype."""
-    case = recast(CASES[name], dtype, layout)
-    truth = case.dense(torch.float64)
-    plain = error(case.dense(dtype), truth)
-    tiny = torch.finfo(dtype).eps * truth.nan_to_num().abs().max().item()
-    assert error(case.run(KERNELS[kernel]), truth) <= 2 * plain + tiny
+    check(recast(CASES[name], dtype, layout), KERNELS[kernel])
 
 
 WHOLE = {
@@ -457,24 +277,7 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_layer(name, dtype, layout, kernel):
     """All heads, those that are steered and the others; nothing is read of the output."""
-    case = recast(WHOLE[name], dtype, layout)
-    everywhere = replace(
-        case, requests=[replace(r, heads=tuple(range(case.num_heads))) for r in case.requests]
-    )
-    assert torch.equal(everywhere.query, case.query)
-
-    def dense(dtype):
-        steered = case.dense(dtype)
-        return torch.where(steered.isnan(), everywhere.dense(dtype, steered=False), steered)
-
-    truth = dense(torch.float64)
-    output = torch.full_like(case.query, float("nan"))
-    plan = case.plan()
-    assert plan.is_whole_decode
-    heads = plan.static.layers[LAYER]
-    KERNELS[kernel](case.query, case.kv_cache, output, plan, heads, case.attention, layout, True)
-    tiny = torch.finfo(dtype).eps * truth.abs().max().item()
-    assert error(output, truth) <= 2 * error(dense(dtype), truth) + tiny
+    check_whole(recast(WHOLE[name], dtype, layout), KERNELS[kernel])
 
 
 STRENGTHS = st.sampled_from((1e-4, 0.01, 0.1, 0.3, 0.5, 0.99, 1.0, 1.3, 4.0))
@@ -556,6 +359,14 @@ def test_full_strength_in_parts_is_one_strength_to_the_bit(name):
     parts = replace(case, requests=[in_parts(r) for r in case.requests])
     results = [c.run(launch.steered_attention).nan_to_num() for c in (case, parts)]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_random_steps(kernel):
+    """What meets none of the cases above; `python -m tools.fuzz_kernel` runs as many as one
+    wants, also with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    for seed in range(100):
+        check_random(seed, KERNELS[kernel])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
