@@ -4,6 +4,7 @@ import contextlib
 import html
 import json
 import re
+import resource
 import sys
 
 import pytest
@@ -154,24 +155,70 @@ def trial(text="one", method=methods.PLAIN):
 def test_store(tmp_path):
     """What was written is there again; a cut line is not; another run's file is refused."""
     path = tmp_path / "answers.jsonl"
+    line_ends = "a\nb\u2028c\x85d"  # Python's own splitlines would cut a text at each of them
     Store(path, {"model": "m"}).add(
-        [(trial(), Answer("a\nb")), (trial("two"), Answer(logprobs=(-1.0, -2.0)))], seconds=1.5
+        [(trial(), Answer(line_ends)), (trial("two"), Answer(logprobs=(-1.0, -2.123456789)))],
+        seconds=1.5,
     )
     with path.open("a") as file:
         file.write('{"key": "half')
     again = Store(path, {"model": "m"})
-    assert again[trial()] == Answer("a\nb")
-    assert again[trial("two")].logprobs == (-1.0, -2.0)
+    assert path.read_text().endswith('"seconds": 1.5}\n')
+    assert again[trial()] == Answer(line_ends)
+    assert again[trial("two")].logprobs == (-1.0, -2.12346)
     assert trial("three") not in again
     assert trial(method=methods.parse("all", 0.1, EVERY)) not in again
-    again.add([(trial("three"), Answer("c"))])
+    new = Answer(logprobs=(-3.123456789,))
+    again.add([(trial("three"), new)])
+    before = again[trial("three")]
+    del again
     again = Store(path, {"model": "m"})
-    assert (again[trial("three")], again.seconds, len(again)) == (Answer("c"), 1.5, 3)
+    assert again[trial("three")] == before != new  # a run is not told more than one that goes on
+    assert (again.seconds, len(again)) == (1.5, 3)
+    del again
     with pytest.raises(PastaError, match=r"made with another model \('m', now 'n'\)"):
         Store(path, {"model": "n"})
     path.write_text("no JSON\n")
     with pytest.raises(PastaError, match="expected answers of an earlier run"):
         Store(path, {"model": "m"})
+    with pytest.raises(PastaError, match="cannot be written: No such file or directory"):
+        Store(tmp_path / "no" / "answers.jsonl", {"model": "m"})
+
+
+def test_store_of_another_run(tmp_path):
+    """Two runs that write one file, or one that reads a shard's file amid its writing."""
+    path = tmp_path / "answers.jsonl"
+    first = Store(path, {"model": "m"})
+    for paths in ([path], [tmp_path / "whole.jsonl", [path]]):
+        with pytest.raises(PastaError, match=r"answers\.jsonl: another run is writing"):
+            Store(paths[0], {"model": "m"}, *paths[1:])
+    first.add([(trial(), Answer("a"))])
+    del first
+    whole = Store(tmp_path / "whole.jsonl", {"model": "m"}, [path])
+    assert whole[trial()] == Answer("a")
+
+
+def test_store_on_a_full_disk(tmp_path):
+    """Half an answer in the file, or one that counts though it was not kept."""
+    path = tmp_path / "answers.jsonl"
+    store = Store(path, {"model": "m"})
+    store.add([(trial(), Answer("a"))])
+    kept = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 50, limits[1]))
+    try:
+        with pytest.raises(PastaError, match=r"answers\.jsonl: cannot be written: File too"):
+            store.add([(trial("two"), Answer("b" * 99))])
+        with pytest.raises(PastaError, match=r"answers\.jsonl: cannot be written: File too"):
+            store.note("name", "value" * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == kept
+    assert trial("two") not in store
+    assert not store.notes
+    store.add([(trial("two"), Answer("b"))])
+    del store
+    assert Store(path, {"model": "m"})[trial("two")] == Answer("b")
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def test_found_heads_are_kept_by_model(tmp_path, monkeypatch):
     assert auto.load(one) is None
     heads = HeadSet.from_json({"heads": {"1": [0]}, "alpha": 0.3})
     with auto.alone(auto.path(one), pytest.fail):
-        auto.save(heads, auto.path(one))
+        heads.save(auto.path(one))
     for same in (one, copy):
         assert (auto.load(same), auto.load(same).alpha, auto.load(same).name) == (
             heads,

@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit status: 0, or 1 after a `PastaError`, 2 for wrong arguments, 130 when interrupted.
+        The exit status: 0, or 1 after a `PastaError` or where a file cannot be read or written, 2
+        for wrong arguments, 130 when interrupted.
     """
     args = parser().parse_args(argv)
     try:
         status: int = args.run(args)
-    except PastaError as e:
+    except (PastaError, OSError) as e:  # OSError: a full disk, a folder that is read-only
         print(f"vllm-pasta: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

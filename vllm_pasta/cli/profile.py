@@ -181,7 +181,7 @@ def _auto(args: argparse.Namespace) -> int:
                     args.model or smollm2.NAME, model, args.engine,
                     partial(engine_session, "profile"), sys.stderr,
                 )  # fmt: skip
-                auto.save(found, path)
+                found.save(path)
     print(markdown.describe(found, path))
     return 0
 

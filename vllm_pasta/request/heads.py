@@ -10,6 +10,7 @@ is the strength that the set was chosen with: it holds where neither request nor
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,9 +103,18 @@ class HeadSet:
             raise HeadSetError(f"head set file {path}: {e}") from e
 
     def save(self, path: str | Path) -> None:
-        """Writes a head set file with the heads and their provenance."""
+        """Writes a head set file with the heads and their provenance.
+
+        Readers see the whole file, or what was there before.
+        """
         text = _dump({**self.provenance, "heads": self.to_json()})
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        file = Path(path).resolve()
+        scratch = file.with_name(f"{file.name}.{os.getpid()}")
+        try:
+            scratch.write_text(text + "\n", encoding="utf-8")
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def check(
         self,

@@ -90,13 +90,6 @@ def load(model: str, revision: str | None = None) -> HeadSet | None:
     return replace(HeadSet.load(file), name=AUTO) if file is not None and file.exists() else None
 
 
-def save(heads: HeadSet, file: Path) -> None:
-    """Keeps a set. Readers see the whole file or none."""
-    scratch = file.with_suffix(f".{os.getpid()}")
-    heads.save(scratch)
-    scratch.rename(file)
-
-
 @contextmanager
 def alone(file: Path, waiting: Callable[[], object]) -> Iterator[None]:
     """Holds other processes off that would find the same heads, on this machine.
