@@ -52,6 +52,10 @@ HARD: dict[str, tuple[str, str]] = {
     "tags within tags": ("tag", "<emphasis>" * 5_000 + "a" + "</emphasis>" * 5_000),
     "tags that never close": ("tag", "<emphasis>" * 10_000),
     "half a tag": ("tag", "<emphasis " * 10_000),
+    "stars that open nothing": ("markdown", "a** __ " * 14_000),
+    "bullets, then stars on one line": ("markdown", "> " * 25_000 + "** " * 16_000),
+    "lists within lists, then empty lines": ("markdown", "- " * 150 + "a" + "\n" * 99_000),
+    "a tag without its partner, then white space": ("tag", "<emphasis>a<" + "\n" * 99_000),
 }
 """Name -> the markup, and 100,000 characters that take its reader the longest."""
 
@@ -93,12 +97,15 @@ class Cases:
         """What takes its reader the longest, by name."""
         text = prompt(100_000)
         near = "The quick brown fox jumps over the lazy dog " * 200
+        accents = "e" + "\u0301\u0316" * 10_000
         return {
             **{name: self.case({"markup": kind}, hard) for name, (kind, hard) in HARD.items()},
             "1,200 places of one mark": self.case(
                 {"text": [{"text": "fox", "occurrence": "all"}]}, text
             ),
             "a long mark that is nearly there": self.case({"text": near}, text),
+            "a letter again and again": self.case({"text": "a" * 300 + "b"}, "a" * 100_000),
+            "20,000 accents on one letter": self.case({"text": "e\u0301"}, accents),
         }
 
     def case(

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from benchmarks.admission import HARD
 from vllm_pasta import EmphasisError
 from vllm_pasta.request.markup import Markup, markdown, read_markdown, read_stars, read_tags
 
@@ -308,3 +309,14 @@ def test_round_trip(pieces):
     marked = read_tags(text)
     assert marked.text == "".join(w for w, _ in pieces)
     assert inside(marked) == [w for w, m in pieces if m]
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_texts_end(name):
+    """100,000 characters that one look at each character must be enough for: where the time grows
+    with the square of the length they take minutes, and `pytest` ends the test."""
+    kind, text = HARD[name]
+    markup = Markup(kind)
+    with contextlib.suppress(EmphasisError):
+        marked = markup.read(text)
+        assert marked.ranges or markup.missed(text) is None or "**" in text

@@ -1,13 +1,14 @@
 """Text to tokens: which occurrence, whole edge tokens, truncation, help where it is not there."""
 
 import unicodedata
+from difflib import SequenceMatcher
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pasta import EmphasisError
-from vllm_pasta.request.search import closest, find
+from vllm_pasta.request.search import _longest_run, closest, find
 from vllm_pasta.request.tokens import Tokenized, align, decoded
 
 CATS = "a cat, a cat, a catcat"
@@ -51,6 +52,34 @@ def test_not_there_shows_the_closest():
         assert hint in str(refused.value)
         assert refused.value.field == "emphasis.text[3]"
     assert closest("abc", "xyz") == ""
+
+
+@given(st.text(alphabet="abc ", max_size=60), st.text(alphabet="abcz", max_size=20))
+def test_longest_run_is_difflibs(prompt, text):
+    """Whose time is the product of the lengths, where a letter is repeated."""
+    run = SequenceMatcher(None, prompt, text, autojunk=False).find_longest_match()
+    found = _longest_run(prompt, text)
+    assert found[2] == run.size
+    assert found == (run.a, run.b, run.size) or not run.size
+
+
+@pytest.mark.parametrize(
+    ("prompt", "needle", "words"),
+    [
+        ("a" * 100_000, "a" * 300 + "b", "closest is 'aaa"),
+        ("b" + "a" * 100_000, "b" + "a" * 90_000 + "c", "closest is 'baaa"),
+        ("e" + "\u0301\u0316" * 50_000, "f", "is not in the prompt"),
+        ("e" + "\u0301" * 100_000, "\u0301" * 50_000 + "e", "is not in the prompt"),
+        ("e\u0301" * 50_000, "e\u0301" * 25_000 + "e", "more than 1000 places"),
+        ("\ufdfa" * 20_000, "\ufdfa" * 10_000 + "b", "is not in the prompt"),
+        ("Ann", "Ann" * 1_000_000, "it has 3000000 characters, and the prompt 3"),
+    ],
+    ids=range(7),
+)
+def test_hard_searches_end(prompt, needle, words):
+    """Where the time grows with the square of a length, they take minutes."""
+    with pytest.raises(EmphasisError, match=words):
+        find(prompt, needle)
 
 
 CAFE = "Le café, le cafe\u0301 noir; 각 한"  # the first and second é are composed differently

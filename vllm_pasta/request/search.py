@@ -7,7 +7,6 @@ other tokens; a message names the difference.
 
 import unicodedata
 from collections.abc import Callable, Iterator
-from difflib import SequenceMatcher
 
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.request.marks import Occurrence
@@ -15,6 +14,11 @@ from vllm_pasta.request.resolution import check_count
 
 _QUOTES = str.maketrans({**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟″«»", '"')})
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-"))
+
+# What bounds the time that a search takes, whatever the texts are.
+MOST_COMBINING = 30  # of one character; Unicode's "stream-safe text" has no more
+MOST_AMISS = 1_000  # places that are equivalent, but begin or end amid a character
+MOST_LOOKED_AT = 100_000  # characters in which a text that is not there is looked for
 
 
 def find(
@@ -38,7 +42,13 @@ def find(
             too often.
     """
     begin, end = window or (0, len(text))
-    ranges = [] if _is_stable(text, needle) else list(_equivalent(text[begin:end], needle))
+    if len(needle) > 4 * (end - begin):  # however it is composed
+        raise EmphasisError(
+            f"{_quote(needle)} is not in the prompt: it has {len(needle)} characters, and the "
+            f"prompt {end - begin}",
+            field=field,
+        )
+    ranges = [] if _is_stable(text, needle) else list(_equivalent(text[begin:end], needle, field))
     count = len(ranges) or text.count(needle, begin, end)
     if not count:
         raise EmphasisError(
@@ -73,13 +83,29 @@ def closest(prompt: str, text: str, *, limit: int = 20_000) -> str:
     the first ``limit`` characters of the prompt and 200 of the text are compared.
     """
     prompt, text = prompt[:limit], text[:200]
-    match = SequenceMatcher(
-        None, prompt.casefold(), text.casefold(), autojunk=False
-    ).find_longest_match()
-    if match.size < min(3, len(text)):
+    at, start, size = _longest_run(prompt.casefold(), text.casefold())
+    if size < min(3, len(text)):
         return ""
-    start = max(0, match.a - match.b)
-    return prompt[start : start + len(text)].strip()
+    begin = max(0, at - start)
+    return prompt[begin : begin + len(text)].strip()
+
+
+def _longest_run(prompt: str, text: str) -> tuple[int, int, int]:
+    """Where the longest run that both have begins in either, the first of several, and its length.
+
+    Every part of ``text`` that may be it is looked for, which takes time that does not depend on
+    what the texts are: difflib's takes the product of their lengths where a letter is repeated.
+    """
+    best: list[int] = []  # where in the text the longest runs begin
+    size = start = 0
+    for end in range(1, len(text) + 1):
+        while text[start:end] not in prompt:  # ends where the part is empty
+            start += 1
+        if end - start > size:
+            best, size = [], end - start
+        if end - start == size:
+            best.append(start)
+    return *min((prompt.find(text[i : i + size]), i) for i in best or [0]), size
 
 
 def _is_stable(text: str, needle: str) -> bool:
@@ -90,33 +116,55 @@ def _is_stable(text: str, needle: str) -> bool:
 def _folded(text: str, fold: Callable[[str], str]) -> tuple[str, list[int]]:
     """``text`` folded piece by piece, and where in ``text`` each character's piece begins.
 
-    A piece is a character and the combining ones after it.
+    A piece is a character and the combining ones after it, but for those beyond
+    `MOST_COMBINING`, which are pieces of their own.
     """
-    starts = [i for i, char in enumerate(text) if not i or not unicodedata.combining(char)]
+    starts, combining = [], 0
+    for i, char in enumerate(text):
+        combining = combining + 1 if unicodedata.combining(char) else 0
+        if not combining or not i or combining > MOST_COMBINING:
+            starts.append(i)
     parts, places = [], []
+    known: dict[str, str] = {}  # texts have few different pieces
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        parts.append(fold(text[start:end]))
-        places += [start] * len(parts[-1])
+        piece = text[start:end]
+        if (part := known.get(piece)) is None:
+            part = known[piece] = fold(piece)
+        parts.append(part)
+        places += [start] * len(part)
     return "".join(parts), [*places, len(text)]
 
 
-def _equivalent(text: str, needle: str) -> Iterator[tuple[int, int]]:
+def _decomposed(piece: str) -> str:
+    return unicodedata.normalize("NFD", piece)
+
+
+def _equivalent(text: str, needle: str, field: str) -> Iterator[tuple[int, int]]:
     """Ranges of ``text`` that are canonically equivalent to ``needle``, in whole characters."""
-    folded, places = _folded(text, lambda piece: unicodedata.normalize("NFD", piece))
-    wanted = unicodedata.normalize("NFD", needle)
-    at = folded.find(wanted)
+    folded, places = _folded(text, _decomposed)
+    wanted, _ = _folded(needle, _decomposed)
+    amiss, at = 0, folded.find(wanted)
     while at >= 0:
         end = at + len(wanted)
         if (at == 0 or places[at] != places[at - 1]) and places[end] != places[end - 1]:
             yield places[at], places[end]
             at = folded.find(wanted, end)
-        else:
-            at = folded.find(wanted, at + 1)
+            continue
+        amiss += 1
+        if amiss > MOST_AMISS:
+            raise EmphasisError(
+                f"{_quote(needle)} begins or ends amid a character, in more than {MOST_AMISS} "
+                "places of the prompt: give whole characters",
+                field=field,
+            )
+        at = folded.find(wanted, at + 1)
 
 
 def _hint(text: str, needle: str) -> str:
     for fold in (_looks, lambda piece: _looks(piece).casefold()):
-        folded, places = _folded(text[:100_000], fold)
+        if len(needle) > MOST_LOOKED_AT:
+            break
+        folded, places = _folded(text[:MOST_LOOKED_AT], fold)
         folded, places = _joined(folded, places)
         wanted = _joined(*_folded(needle, fold))[0].strip()
         at = folded.find(wanted) if wanted else -1

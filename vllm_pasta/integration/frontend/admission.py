@@ -7,6 +7,7 @@ leaves carries a resolved emphasis under ``WIRE_KEY``, or none at all.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -18,7 +19,7 @@ from vllm_pasta.integration import support
 from vllm_pasta.integration.config import PastaConfig, is_enabled
 from vllm_pasta.integration.frontend import images, metrics
 from vllm_pasta.integration.scheduler import connectors
-from vllm_pasta.request.chat import Reading, read_messages, read_text
+from vllm_pasta.request.chat import Chat, Reading, read_messages, read_text
 from vllm_pasta.request.emphasis import REFUSED_KEY, Emphasis, has_emphasis, is_ours
 from vllm_pasta.request.head_sets.library import describe
 from vllm_pasta.request.heads import HeadSet
@@ -129,6 +130,7 @@ class Admission:
     ) -> None:
         self.config: PastaConfig | None = None
         self.locator = Locator(get_tokenizer)
+        self._get_tokenizer = get_tokenizer
         self._get_renderer = get_renderer
         self._model_config = vllm_config.model_config
         self.shape = ModelShape(0, 0, ())
@@ -257,6 +259,7 @@ class Admission:
         try:
             emphasis = self._parsed(extra_args, index) or Emphasis()
             markup = self._markup(emphasis)
+            self._check_length(prompt, is_chat, markup)
             if is_chat:
                 messages, reading = read_messages(prompt, markup)
                 return (messages if reading.changed else prompt), reading
@@ -268,6 +271,31 @@ class Admission:
         except EmphasisError as e:
             metrics.refused(e.field)
             raise AdmissionError(_of_prompt(e, index)) from None
+
+    def _check_length(self, prompt: Any, is_chat: bool, markup: Markup) -> None:
+        """Refuses what is to be read and cannot be a prompt of this model, before it is read: vLLM
+        refuses it too, unless the request lets it cut the prompt, but only afterwards."""
+        if markup.kind == "off" or (longest := self._longest) is None:
+            return
+        if is_chat:
+            texts = [text for of in Chat(prompt, lambda _: None).texts() for _, text in of]
+        else:
+            texts = [prompt.get("prompt") or ""] if isinstance(prompt, Mapping) else []
+        length = sum(map(len, texts))
+        if length > longest and any(map(markup.may_be_in, texts)):
+            raise EmphasisError(
+                f"markup is read in at most {longest} characters, which is what this model's "
+                f"{self._model_config.max_model_len} tokens can have, got {length}: send less, or "
+                '"markup": "off"',
+                field="emphasis.markup",
+            )
+
+    @cached_property
+    def _longest(self) -> int | None:
+        """Characters of the longest text that can be a prompt, as vLLM counts it; None where that
+        is not known."""
+        each = getattr(self._get_tokenizer(), "max_chars_per_token", None)
+        return None if each is None else each * self._model_config.max_model_len
 
     def resolve(
         self,

@@ -17,6 +17,7 @@ In both the stars stay or go, as the user chooses; backslashes go with them.
 
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -213,7 +214,7 @@ class Markup:
 def _near_tag(text: str, tag: str) -> re.Match[str] | None:
     """What looks like the tag and is not it, first in ``text``."""
     name = re.escape(tag)
-    near = re.compile(rf"(?<!\\)(?:<\s*/?\s*{name}\b[^<>]*>|&lt;/?{name}&gt;)", re.IGNORECASE)
+    near = re.compile(rf"(?<!\\)(?:<\s*+/?+\s*+{name}\b[^<>]*+>|&lt;/?{name}&gt;)", re.IGNORECASE)
     exact = re.compile(rf"</?{name}>|<{name}\s+alpha\s*=\s*[^<>]*>")
     return next((m for m in near.finditer(text) if not exact.fullmatch(m[0])), None)
 
@@ -234,33 +235,37 @@ def _missed_bold(text: str) -> str | None:
     ``2**3``): a run does that opens a word, at a line's start or after white space or a bracket.
     """
     read = markdown.parse(text)
-    code = sorted(read.code)
-    runs = []
-    for match in _BOLD.finditer(text):
-        i = bisect_left(code, (match.end(), 0)) - 1
-        if i < 0 or code[i][1] < match.end():
-            runs.append(match)
-    for i, run in enumerate(runs):
+    code, html = sorted(read.code), sorted(read.html)
+    runs = [run for run in _BOLD.finditer(text) if not _is_in(code, run.start(), run.end())]
+    closing: list[re.Match[str] | None] = []  # for each run, the next that can close it
+    following: dict[str, re.Match[str]] = {}
+    for run in reversed(runs):
+        closing.append(following.get(run[0][0]))
+        if _closes(text, run):
+            following[run[0][0]] = run
+    closing.reverse()
+    searched, line_open = 0, _end_of_line_start(text, 0)
+    for i, (run, closed) in enumerate(zip(runs, closing, strict=True)):
         start, end = run.span()
         before, after = text[start - 1 : start], text[end : end + 1]
-        line = text[text.rfind("\n", 0, start) + 1 : start]
-        opens_line = _LINE_START.fullmatch(line) is not None
+        if line := text.rfind("\n", searched, start) + 1:
+            line_open = _end_of_line_start(text, line)
+        searched = end
+        opens_line = line_open == start
         if not (opens_line or before.isspace() or before in "([{\"'“‘«"):
             continue
-        later = (r for r in runs[i + 1 :] if r[0][0] == run[0][0])
-        closing = next((r for r in later if _closes(text, r)), None)
         shown = f"{run[0][:2]} at {_place(text, start)}"
         if not after.strip():
-            if opens_line and after and closing is None and len(runs) > i + 1:
+            if opens_line and after and closed is None and len(runs) > i + 1:
                 return f"{shown} opens nothing, since white space follows it"
             continue
-        if any(a <= start < b for a, b in read.html):
+        if _is_in(html, start, start + 1):
             return (
                 f"{shown} is in HTML, which Markdown leaves as it is; leave a line empty after the "
                 "HTML tag"
             )
-        if closing is not None:
-            if re.search(r"\n[ \t]*\r?\n", text[end : closing.start()]):
+        if closed is not None:
+            if re.search(r"\n[ \t]*\r?\n", text[end : closed.start()]):
                 return (
                     f"{shown} is closed in another paragraph, and Markdown's bold ends with its "
                     'paragraph; mark each paragraph, or send "markup": "stars", in which every ** '
@@ -270,6 +275,19 @@ def _missed_bold(text: str) -> str | None:
         if not _UNPACKED.search(text[max(0, start - 20) : end + 1]):
             return f"{shown} is never closed"
     return None
+
+
+def _end_of_line_start(text: str, line: int) -> int:
+    """Where the text of the line that begins at ``line`` does, behind bullets and the like."""
+    match = _LINE_START.match(text, line)
+    assert match is not None  # it may be empty
+    return match.end()
+
+
+def _is_in(ranges: Sequence[Range], start: int, end: int) -> bool:
+    """Whether one of the sorted ranges holds all of ``[start, end)``."""
+    i = bisect_left(ranges, (end, 0)) - 1
+    return i >= 0 and ranges[i][1] >= end
 
 
 def _closes(text: str, run: re.Match[str]) -> bool:

@@ -402,8 +402,13 @@ class _Blocks:
 
     def _continued(self, line: _Cursor) -> int:
         """How many containers this line continues."""
+        indent, rest, column = line.indent(), line.rest, line.column
+        if not rest:  # often, and there may be many containers
+            stops = (i for i, c in enumerate(self.containers) if c.empty or not c.indent)
+            return next(stops, len(self.containers))
         for matched, container in enumerate(self.containers):
-            indent, rest = line.indent(), line.rest
+            if line.column > column:  # something was taken
+                indent, rest, column = line.indent(), line.rest, line.column
             if container.is_item:
                 if not rest:
                     if container.empty:
