@@ -170,6 +170,15 @@ def test_share_of_many_keys_and_spans():
         Case([Request(50, query_len, 48, spans, heads=(0, 3), share=0.8)]).check()
 
 
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_share_of_marks_far_away(query_len):
+    """Beside the nearest keys nothing is left of their weight: the least factor, not none."""
+    case = Case([Request(250, query_len, 250, ((5, 9),), heads=(0, 1, 3), share=0.7)], alibi=True)
+    slopes = torch.tensor([1.0, 0.5, 0.0, 0.01]).to(DEVICE)
+    case.attention = replace(case.attention, alibi_slopes=slopes)
+    case.check()
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 20}], ids=str)
 @pytest.mark.parametrize("query_len", [1, 40])
 def test_many_spans(query_len, options):

@@ -164,7 +164,7 @@ class Case:
                     logits = (logits / self.soft_cap).tanh() * self.soft_cap
                 if self.alibi:
                     distance = torch.arange(begin_key, position + 1) - position
-                    logits = logits + self.attention.alibi_slopes[h].item() * distance
+                    logits = logits + (self.attention.alibi_slopes[h].item() * distance).to(dtype)
                 lse[begin + i, h] = logits.logsumexp(0)
                 if steer and h in request.heads and position >= first:
                     if request.share is None:

@@ -202,6 +202,14 @@ CASES = {
     "share-split-keys": Case(
         [decode(4001, spans=((100, 101), (3000, 3100)), prompt_len=3500, share=0.6)]
     ),
+    # Beside the nearest keys nothing is left of the marks' weight: the least factor, not none.
+    "share-of-marks-far-away": Case(
+        [
+            decode(700, spans=((20, 90),), heads=(0, 1, 2), share=0.9),
+            prefill(600, spans=((9, 60),), heads=(1, 2), share=0.5),
+        ],
+        kind={"alibi_slopes": torch.tensor([0.1, 0.3, 1.0, 0.0])},
+    ),
     "share-and-alpha": Case([*MIXED, prefill(97, share=0.4), decode(300, share=0.7, heads=(2,))]),
 }
 

@@ -82,7 +82,6 @@ namespace {
 constexpr int MIN_AMX_ROWS = 9;  // with fewer, AMX's tiles of 16 rows are mostly empty
 constexpr long MAX_DEPTH = 128;  // products that are added up one by one: more would lose digits
 constexpr int MIN_SPLIT = 512;   // fewer keys are not worth a unit of their own
-constexpr float UNSEEN = 1e-30f; // of a row's largest weight: what hidden keys leave is below it
 
 enum Format { FLOAT_PLAIN, BFLOAT16_PLAIN, HALF_PLAIN, BFLOAT16_PAIRED };
 enum Status { OK, BAD_FORMAT, BAD_HEAD, BAD_BLOCK, BAD_ROW };
@@ -312,6 +311,16 @@ struct Kernel {
     return any;
   }
 
+  // Whether the row at `position` sees a marked key. Not by the marked keys' weight, of which nothing
+  // may be left beside the largest: then the row has the least factor.
+  bool sees_mark(int r, long position) const {
+    const long begin = std::max<long>(0, position + 1 - shape.window);
+    const long generated = batch.segment_offsets[r + 1] - 1, first = segment_of(batch, r, begin);
+    for (long i = first; i < generated && (i == first || batch.ends[i - 1] <= position); ++i)
+      if (batch.merge_weights[i] != 0.0f) return true;
+    return false;
+  }
+
   bool shapes_logits() const { return shape.soft_cap > 0.0f || layer.alibi_slopes; }
 
   // Products of the tile at `key` to logits, before the bias.
@@ -500,9 +509,10 @@ struct Kernel {
   void write(const Unit& unit, long m, const float* sums, const float* kept_sums,
              PartState state) const {
     const int32_t head = unit.heads[m % unit.num_heads];
+    const long row = unit.row + m / unit.num_heads;
+    const long position = batch.seq_len[unit.request] - batch.query_len[unit.request] + row;
     T* target = static_cast<T*>(layer.output) +
-                (batch.query_start[unit.request] + unit.row + m / unit.num_heads) *
-                    shape.output_row +
+                (batch.query_start[unit.request] + row) * shape.output_row +
                 head * shape.output_head;
     float rescale = 1.0f;
     if (layer.sinks) {
@@ -520,7 +530,7 @@ struct Kernel {
     float kept_factor = 0.0f;
     if (has_share(unit.request) && unit.steered >> m % unit.num_heads & 1) {
       const float wanted = batch.odds[unit.request] * state.marked, rest = state.sum - state.kept;
-      const bool is_plain = wanted >= rest || state.marked < UNSEEN;
+      const bool is_plain = wanted >= rest || !sees_mark(unit.request, position);
       if (is_plain && reuse) return;  // the plain output is there
       base = is_plain ? 1.0f : std::max(wanted / rest, base);
       const float total = base * state.sum + (1.0f - base) * state.kept;

@@ -492,7 +492,8 @@ def steer(
                     wanted = marked * _float(record + _LOG_REST)
                     factor = wanted / tl.maximum(tl.maximum(rest, wanted), 1e-30)
                     factor = tl.maximum(factor, tl.exp2(log_alpha))
-                    factor = tl.where(marked > 0, factor, 1.0)  # else no mark is seen
+                    if WINDOW is not None:
+                        factor = tl.where(marked > 0, factor, 1.0)  # else no mark is seen
                     acc = (factor * of_all)[:, None] * plain.to(tl.float32) + (
                         (1 - factor) * of_kept
                     )[:, None] * acc
