@@ -3,7 +3,7 @@
 #
 #   requirements/install-cpu.sh [FOLDER]      default: .venv in the repository
 #
-# PYTHON chooses the interpreter (default: python3). VLLM chooses an older vLLM of those that
+# PYTHON chooses the interpreter (default: python3). VLLM chooses another vLLM of those that
 # requirements/vllm-*.txt name. Safe to run again: pip installs what is missing.
 set -euo pipefail
 

@@ -71,7 +71,6 @@ def config(small_batches, monkeypatch):
     config = copy(small_batches.llm_engine.vllm_config)
     config.additional_config = {"pasta": {}}
     monkeypatch.setattr(support, "is_gpu", lambda: True)
-    monkeypatch.setattr("vllm.__version__", "0.32.0")
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)
     return config
 
@@ -331,7 +330,6 @@ REFUSED = {
         "speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)
     },
     "reference sliding windows": {"model_config": {"model_arch_config": {"rswa_window": 64}}},
-    "on a GPU emphasis needs vLLM 0.32.x or 0.33.x, this is 0.31.0": {},
 }
 
 
@@ -348,10 +346,8 @@ def change(value, changes):
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(reason, config, monkeypatch):
+def test_refused(reason, config):
     support.check_engine(config)
-    if reason.startswith("on a GPU"):
-        monkeypatch.setattr("vllm.__version__", "0.31.0")
     for field, changes in REFUSED[reason].items():
         setattr(config, field, change(getattr(config, field), changes))
     with pytest.raises(UnsupportedError, match=reason):

@@ -16,15 +16,10 @@ from pathlib import Path
 
 import drafts
 import pytest
-import vllm
 from models import MLA, tiny_llama, tiny_model
 
-from vllm_pasta.integration.versions import GPU_VLLM
 from vllm_pasta.verify.oracle import Oracle, Steering
 
-pytestmark = pytest.mark.skipif(
-    not vllm.__version__.startswith(GPU_VLLM), reason=f"emphasis on a GPU needs vLLM {GPU_VLLM}"
-)
 TESTS = Path(__file__).parent.parent
 LAYERS = 2
 

@@ -23,7 +23,7 @@ from vllm_pasta.integration import attach
 TESTS = Path(__file__).parent.parent
 SUPPORT = TESTS / "support"
 PATCHES = TESTS.parent / "patches"
-# An older vLLM's folder holds those that differ.
+# Another vLLM's folder holds those that differ.
 MINOR = ".".join(importlib.metadata.version("vllm").split(".")[:2])
 DIFFS = [
     own if (own := PATCHES / f"vllm-{MINOR}" / diff.name).exists() else diff

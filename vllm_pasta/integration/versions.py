@@ -5,11 +5,8 @@ The digests of wrapped functions, which differ too, stand with their patches.
 
 from typing import Any
 
-SUPPORTED_VLLM = ("0.31.", "0.32.", "0.33.")
-"""Prefixes of the vLLM versions on which everything was tested."""
-
-GPU_VLLM = ("0.32.", "0.33.")
-"""Prefixes of the vLLM versions whose GPU backends and model runners were read."""
+SUPPORTED_VLLM = ("0.32.", "0.33.")
+"""Prefixes of the vLLM versions that the plugin starts with; README.md says what ran on each."""
 
 _DRAFT_TAGS = ("eagle_head", "draft_model")
 

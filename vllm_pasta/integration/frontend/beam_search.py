@@ -79,32 +79,32 @@ PATCHES = (
     _patch(
         "openai.completion.protocol:CompletionRequest.to_beam_search_params",
         _to_params,
-        "a1d956e4e6f9 8aea3604dafb 04e60c232945",
+        "a1d956e4e6f9 04e60c232945",
     ),
     _patch(
         "openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
         _to_params,
-        "811f6b3777f9 31617f201a06 ed917a41b8a9",
+        "811f6b3777f9 ed917a41b8a9",
     ),
     _patch(
         "speech_to_text.transcription.protocol:TranscriptionRequest.to_beam_search_params",
         _to_params,
-        "cb30285d6c09 cfe80cd2024d",
+        "cb30285d6c09",
     ),
     _patch(
         "speech_to_text.translation.protocol:TranslationRequest.to_beam_search_params",
         _to_params,
-        "cb30285d6c09 cfe80cd2024d",
+        "cb30285d6c09",
     ),
     _patch(
         "generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
         _online,
-        "e2e6d1893a8f 6e6156350d02 9944b62f623c",
+        "e2e6d1893a8f 9944b62f623c",
     ),
     _patch(
         "generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
         _offline,
-        "b4b93229fd76 c07c81870da3 b26ce80f2170",
+        "b4b93229fd76 b26ce80f2170",
     ),
     _patch(
         "generate.beam_search.utils:BeamSearchInstance.__init__",

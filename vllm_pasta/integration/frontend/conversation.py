@@ -211,7 +211,7 @@ PATCHES = (
     Patch(
         "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat",
         _preprocess,
-        "6fbc03ba74af bbb98eef0ab4 f4885ea9b147",
+        "6fbc03ba74af f4885ea9b147",
         _HOOK,
         frontend=True,
     ),

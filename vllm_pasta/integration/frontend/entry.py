@@ -120,7 +120,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         _process_inputs,
-        "e22b5f772979 65a1db8ef773",
+        "e22b5f772979",
         "admission",
     ),
     Patch(
@@ -134,7 +134,7 @@ PATCHES = (
         "vllm.entrypoints.openai.responses.serving:"
         "OpenAIServingResponses._generate_with_builtin_tools",
         _generate_with_builtin_tools,
-        "82be6a64cb9c ee94ab646588 93f3bf216f90",
+        "82be6a64cb9c 93f3bf216f90",
         "admission",
         frontend=True,
     ),

@@ -126,7 +126,7 @@ PATCHES = (
     Patch(
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
         _add_cli_args,
-        "0b7444570415 eb63de155f31 28ea69a1405b",
+        "0b7444570415 28ea69a1405b",
         "cli_args",
     ),
     Patch(

@@ -132,7 +132,7 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
         _process_outputs,
-        "9e116796002e c2ecb854b1e3 06811284749d",
+        "9e116796002e 06811284749d",
         "step_outputs",
         frontend=True,
     ),

@@ -2,7 +2,6 @@
 
 from vllm_pasta.integration.refusals.refusal import GPU_TESTS, shown_by
 from vllm_pasta.integration.registry import GPU_BACKENDS, GPU_MLA_BACKENDS
-from vllm_pasta.integration.versions import GPU_VLLM
 
 GPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 """KV cache dtypes that the Triton kernels read, beside the model's own by name."""
@@ -17,11 +16,6 @@ GPU_ENGINE = shown_by(
         lambda e: (
             e.model.use_mla and getattr(e.attention.backend, "name", None) not in GPU_MLA_BACKENDS
         ),
-    ),
-    (
-        "gpu-vllm",
-        f"on a GPU emphasis needs vLLM {'x or '.join(GPU_VLLM)}x, this is {{0.vllm_version}}",
-        lambda e: not e.vllm_version.startswith(GPU_VLLM),
     ),
     (
         "attention-backend",

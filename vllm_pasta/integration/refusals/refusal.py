@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import vllm
 from vllm.platforms import current_platform
 
 from vllm_pasta.integration.scheduler import connectors
@@ -31,10 +30,6 @@ class Engine:
     @property
     def platform(self) -> Any:
         return current_platform
-
-    @property
-    def vllm_version(self) -> str:
-        return str(vllm.__version__)
 
     @property
     def unknown_connectors(self) -> str:
