@@ -325,7 +325,9 @@ def multi(*children):
 
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
 NO_GPU = "OffloadingConnector copies the KV of GPUs, and this engine has none"
-NOT_KNOWN = "LMCacheConnectorV1 is not known to keep differently steered requests apart"
+NOT_KNOWN = "NixlPushConnector is not known to keep differently steered requests apart"
+UNSALTED = "LMCacheConnectorV1 .beside them by a tag .* finds KV by token ids"
+PUSH = {"kv_connector": "NixlPushConnector", "kv_role": "kv_both"}
 LMCACHE = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 
 
@@ -335,11 +337,11 @@ LMCACHE = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
         (NIXL, [], []),
         ({"kv_connector": "ExampleConnector"}, [], []),
         (multi(NIXL, {"kv_connector": "ExampleConnector"}), [], []),
-        (LMCACHE, ["LMCacheConnectorV1"], []),
-        (multi(NIXL, LMCACHE), ["LMCacheConnectorV1"], []),
-        (multi(NIXL, multi(LMCACHE)), ["LMCacheConnectorV1"], []),
-        ({"kv_connector": "NixlPushConnector"}, ["NixlPushConnector"], []),
+        (PUSH, ["NixlPushConnector"], []),
+        (multi(NIXL, PUSH), ["NixlPushConnector"], []),
+        (multi(NIXL, multi(PUSH)), ["NixlPushConnector"], []),
         ({**NIXL, "kv_connector_module_path": "theirs"}, ["NixlConnector"], []),
+        ({**LMCACHE, "kv_connector_module_path": "theirs"}, ["LMCacheConnectorV1"], []),
         ({"kv_connector": "OffloadingConnector"}, [], ["OffloadingConnector"]),
     ],
 )
@@ -348,16 +350,31 @@ def test_connectors(config, unknown, needing_gpu):
     config = KVTransferConfig(**{"kv_role": "kv_both", **config})
     assert connectors.unknown(config) == unknown
     assert connectors.needing_gpu(config) == needing_gpu
+    assert connectors.unsalted(config) == []
+
+
+@pytest.mark.parametrize("name", connectors.UNSALTED)
+def test_lmcache(name):
+    """Refused for a reason of its own, however deep it stands; vLLM still knows that name."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    assert name in KVConnectorFactory._registry
+    for config in ({**LMCACHE, "kv_connector": name}, multi(NIXL, multi({"kv_connector": name}))):
+        config = KVTransferConfig(**{"kv_role": "kv_both", **config})
+        assert connectors.unknown(config) == []
+        (found,) = connectors.unsalted(config)
+        assert found.startswith(f"{name} (beside them by ")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
         (
-            {"kv_transfer_config": LMCACHE},
+            {"kv_transfer_config": PUSH},
             UnsupportedError,
             NOT_KNOWN,
         ),
+        ({"kv_transfer_config": LMCACHE}, UnsupportedError, UNSALTED),
         ({"kv_offloading_size": 1}, UnsupportedError, NO_GPU),
         ({"enable_sleep_mode": True}, ValueError, "Sleep mode is not supported"),  # vLLM's own
     ],

@@ -81,6 +81,13 @@ ENGINE = (
             lambda e: e.unknown_connectors,
         ),
         (
+            "kv-connector-unsalted",
+            "KV connector {0.unsalted_connectors} finds KV by token ids: a fingerprint of the "
+            "emphasis would have to be among its keys, as it is with ExampleConnector, and no test "
+            "shows that",
+            lambda e: e.unsalted_connectors,
+        ),
+        (
             "kv-connector-gpu",
             "KV connector {0.gpu_connectors} copies the KV of GPUs, and this engine has none",
             lambda e: e.gpu_connectors,

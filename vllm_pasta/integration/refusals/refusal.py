@@ -36,6 +36,10 @@ class Engine:
         return ", ".join(connectors.unknown(self.config.kv_transfer_config))
 
     @property
+    def unsalted_connectors(self) -> str:
+        return ", ".join(connectors.unsalted(self.config.kv_transfer_config))
+
+    @property
     def gpu_connectors(self) -> str:
         return ", ".join(connectors.needing_gpu(self.config.kv_transfer_config))
 

@@ -10,7 +10,8 @@ A prompt's KV is right for one emphasis alone. What a connector finds KV by deci
 - **token ids** (vLLM's example connector): these do not, so the keys of steered requests are salted
   with the fingerprint.
 
-A connector that is not known to be one of these is refused.
+A connector that is not known to be one of these is refused, and so is LMCache, whose keys are of
+token ids: a salt of steered requests could reach them, but no test shows it.
 """
 
 import copy
@@ -49,6 +50,12 @@ CONNECTORS = {
 }
 """Connectors of vLLM that may carry steered KV, by their registered names."""
 
+UNSALTED = {
+    "LMCacheConnectorV1": "a tag in kv_transfer_params (lmcache.tag.NAME)",
+    "LMCacheMPConnector": "the request's cache_salt",
+}
+"""Connectors that find KV by token ids and something else, which the plugin does not set."""
+
 PLAIN = "plain"
 """Fingerprint of a request without emphasis, or with one that changes nothing."""
 
@@ -65,7 +72,17 @@ def unknown(config: "KVTransferConfig | None") -> list[str]:
     return [
         name
         for name, module_path in _configured(config)
-        if module_path is not None or name not in CONNECTORS
+        if module_path is not None or name not in (*CONNECTORS, *UNSALTED)
+    ]
+
+
+def unsalted(config: "KVTransferConfig | None") -> list[str]:
+    """The connectors of an engine that are of `UNSALTED`, with what they find KV by beside token
+    ids."""
+    return [
+        f"{name} (beside them by {UNSALTED[name]})"
+        for name, module_path in _configured(config)
+        if module_path is None and name in UNSALTED
     ]
 
 
