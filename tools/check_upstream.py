@@ -6,6 +6,7 @@ compares with the installed vLLM:
 - the functions that the plugin wraps at run time (the ledger's targets),
 - the calls of these functions in vLLM: who calls them, with which arguments,
 - modules of vLLM that import a wrapped function by name, which a wrapper does not reach,
+- functions that it relies on without touching them,
 - the names that the plugin imports from vLLM,
 - the methods of vLLM's classes that classes of the plugin override.
 
@@ -55,6 +56,18 @@ BY_NAME = {
     "runner, whose import finds the wrapper",
 }
 """Modules of vLLM that import a wrapped function by name and need no patch of their own: why."""
+
+_V2 = "vllm.v1.worker.gpu"
+RELIED_ON = {
+    "vllm.device_allocator.sleep_mode_backend:CuMemBackend.suspend": "keeps the pool runtime",
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": "makes metadata builders, with what "
+    "steering has in GPU memory, in the pool runtime",
+    f"{_V2}.model_runner:GPUModelRunner.load_model": "makes logits processors in every pipeline "
+    "stage, after the model",
+    f"{_V2}.model_states.default:DefaultModelState.prepare_attn": "gives each row's slot",
+    "vllm.v1.attention.backend:CommonAttentionMetadata": "says which request each row belongs to",
+}
+"""Functions and classes of vLLM that the plugin neither wraps nor overrides: what it relies on."""
 
 MIXED_INTO = {
     "SteeringBuilder": [(module, builder) for module, builder, _ in (_CPU, *_GPU, *_MLA, _ANY)],
@@ -222,6 +235,14 @@ def wrapped(old: Source, new: Source) -> Iterator[Finding]:
         yield _compare(f"wrapped {patch.target}", before, after, places(old, new, qualname))
 
 
+def relied_on(old: Source, new: Source) -> Iterator[Finding]:
+    """What is in `RELIED_ON`."""
+    for target in RELIED_ON:
+        module, _, qualname = target.partition(":")
+        before, after = (source.code(module, qualname) for source in (old, new))
+        yield _compare(f"relied on {target}", before, after, places(old, new, qualname))
+
+
 def called(old: Source, new: Source) -> Iterator[Finding]:
     """The calls of the wrapped functions: which function of vLLM makes them, and how."""
     names = {patch.target.rpartition(":")[2].rpartition(".")[2] for patch in PATCHES}
@@ -363,7 +384,7 @@ def _our_trees() -> Iterator[ast.Module]:
 
 def check(old: Source, new: Source) -> list[Finding]:
     """All findings, each once."""
-    parts = (wrapped, called, imported_by_name, imported, overridden)
+    parts = (wrapped, called, imported_by_name, relied_on, imported, overridden)
     return list(dict.fromkeys(finding for part in parts for finding in part(old, new)))
 
 

@@ -28,14 +28,16 @@ CONNECTORS = "vllm.distributed.kv_transfer.kv_connector"
 
 def test_check_of_another_release(tmp_path):
     """In a vLLM in which a wrapped function changed, another moved to a new file, a third is called
-    otherwise and imported by name, an imported name is gone and an overridden method takes other
-    parameters, exactly that is found; in the wheel as in a folder."""
+    otherwise and imported by name, one that is relied on does something else, an imported name is
+    gone and an overridden method takes other parameters, exactly that is found; in the wheel as in
+    a folder."""
     by_name = "from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys as keys\n"
     changed = {
         "vllm/v1/core/kv_cache_utils.py": ("generate_block_hash_extra_keys(", "return", "1;return"),
         "vllm/exceptions.py": ("class VLLMValidationError(", "VLLMValidationError", "Renamed"),
         "vllm/v1/attention/backends/cpu_attn.py": ("    def build(", "fast_build:", "faster:"),
         "vllm/v1/engine/llm_engine.py": ("self.input_processor.process_inputs(", "(", "(1, "),
+        "vllm/device_allocator/sleep_mode_backend.py": ("def suspend", '("runtime",', "("),
         "vllm/v1/engine/detokenizer.py": ("import tokenizers", "import", f"{by_name}import"),
     }  # fmt: skip
     moved = {f"{CONNECTORS.replace('.', '/')}/factory.py": f"{CONNECTORS.replace('.', '/')}/new.py"}
@@ -59,6 +61,7 @@ def test_check_of_another_release(tmp_path):
         ("changed", "calls of process_inputs"),
         ("changed", "calls of get_connector_class"),  # itself among the callers that moved
         ("new", "import by name vllm.v1.engine.detokenizer:keys"),
+        ("changed", "relied on vllm.device_allocator.sleep_mode_backend:CuMemBackend.suspend"),
         ("moved", f"wrapped {CONNECTORS}.factory:KVConnectorFactory.get_connector_class"),
         ("gone", "imported vllm.exceptions:VLLMValidationError"),
         ("gone", "overridden vllm.exceptions:VLLMValidationError.__init__"),
