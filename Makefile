@@ -1,6 +1,6 @@
 # `make` alone lists what there is. Everything runs in .venv, which the first target that needs it
-# makes: choose another interpreter with `make setup PYTHON=python3.12`, and another vLLM that
-# requirements/ has pins for, in a folder of its own, with VLLM=0.33 (every target takes it).
+# makes: choose another interpreter with `make setup PYTHON=python3.12`, and another vLLM, in a
+# folder of its own, with VLLM=0.33 once there is a requirements/vllm-0.33.txt (every target takes it).
 
 PYTHON ?= python3
 export PYTHON

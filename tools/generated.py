@@ -43,8 +43,8 @@ def targets() -> str:
     """Every function of vLLM that is wrapped."""
 
     def when(patch: Patch) -> str:
-        if patch.backend is not None:
-            return f"with the steered {patch.backend}"
+        if patch.part is not None:
+            return f"with the steered {patch.part}"
         return "in front ends" if patch.frontend else "in every process"
 
     def row(patch: Patch) -> Iterable[str]:

@@ -319,10 +319,11 @@ REFUSED = {
         "model_config": {"model_arch_config": {"is_deepseek_mla": True}}
     },
     "the attention backend is FLEX_ATTENTION": {"attention_config": {"backend": "FLEX"}},
-    "pipeline parallel with Model Runner V2": {"parallel_config": {"pipeline_parallel_size": 2}},
     "context parallel": {"parallel_config": {"decode_context_parallel_size": 2}},
     "split into microbatches": {"parallel_config": {"enable_dbo": True}},
-    "sleep mode is on": {"model_config": {"enable_sleep_mode": True}},
+    "sleep mode has the backend criu, not cumem": {
+        "model_config": {"enable_sleep_mode": True, "sleep_mode_backend": "criu"}
+    },
     "the KV cache is nvfp4": {"cache_config": {"cache_dtype": "nvfp4"}},
     "the KV cache is bfloat16": {"cache_config": {"cache_dtype": "bfloat16"}},
     "KV cache is sparse": {"attention_config": {"hisparse_config": SimpleNamespace()}},

@@ -1,10 +1,11 @@
 """The GPU's way through vLLM's real engine, without a GPU: both model runners, vLLM's own Triton
 attention (and the FlashAttention and FlashInfer backends, over stand-ins for their kernels), our
-kernel, sliding windows, soft caps and sinks, and requests that come, go and use each other's slots
-(`gpu_job`).
+kernel, sliding windows, soft caps and sinks, requests that come, go and use each other's slots, two
+pipeline stages, and engines that sleep (`gpu_job`).
 
 Broken by: a builder or impl that is not ours; a slot that keeps its last request's steering; a row
-that is taken for another; a chunk, a prefix hit or a decode step that is not steered.
+that is taken for another; a chunk, a prefix hit or a decode step that is not steered; a pipeline
+stage that is not told whose its rows are; what is kept where sleep mode discards it.
 """
 
 import json
@@ -28,6 +29,7 @@ ENGINES = {  # backend, whether Model Runner V2, model type
     "Triton, V2, soft cap": ("TRITON_ATTN", True, "gemma2"),
     "FlashAttention, V2": ("FLASH_ATTN", True, "llama"),
     "FlashInfer, V2": ("FLASHINFER", True, "llama"),
+    "FlashAttention, V2, pipeline": ("FLASH_ATTN", True, "llama", "pipeline"),
 }
 EAGLE = "FLASH_ATTN"
 """The backend on which an EAGLE draft drafts, on V2; on the others the model itself does."""
@@ -50,7 +52,7 @@ SLOW = {"Triton, V2, soft cap": [pytest.mark.slow]}
     params=[pytest.param(of, id=name, marks=SLOW.get(name, ())) for name, of in ENGINES.items()],
 )
 def run(request, tmp_path_factory):
-    backend, is_v2, model_type = request.param
+    backend, is_v2, model_type, *other = request.param
     model = tmp_path_factory.mktemp(model_type)
     if model_type == "llama":
         tiny_llama(model, layers=LAYERS)
@@ -64,10 +66,11 @@ def run(request, tmp_path_factory):
             initializer_range=0.1,  # a Gemma 2 with more repeats the prompt's last token
             layer_types=["sliding_attention", "full_attention"],
         )
-    eagle = [drafts.eagle(model, tmp_path_factory.mktemp("eagle"))] if backend == EAGLE else []
+    if backend == EAGLE and not other:
+        other = [drafts.eagle(model, tmp_path_factory.mktemp("eagle"))]
     path = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, TESTS / "support" / "gpu_job.py", model, backend, *eagle],
+        [sys.executable, TESTS / "support" / "gpu_job.py", model, backend, *other],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
@@ -100,8 +103,9 @@ def expected(model):
 
 def test_equals_the_oracle(run):
     report, expected = run.report, run.expected
-    assert report["backends"] == [run.backend]
-    assert report["runner"].startswith("vllm.v1.worker.cpu.") == run.is_v2
+    for backends, runner in zip(report["backends"], report["runners"], strict=True):
+        assert backends == [run.backend]
+        assert runner.startswith("vllm.v1.worker.cpu.") == run.is_v2
     assert report["plain"] == expected[:1]
     assert report["mixed"] == expected
     assert report["again"] == expected[:3]
@@ -117,8 +121,21 @@ def test_drafts_equal_the_oracle(run):
         assert (drafts["accepted_tokens"] > 0) == run.is_v2  # by the same model
 
 
+def test_sleep(run):
+    """At either level vLLM discards the KV cache alone, of what is looked at; what it discards is
+    overwritten here."""
+    if "slept" not in run.report:
+        pytest.skip("the memory of other processes is not looked at")
+    caches, own = run.report["pools"]
+    assert caches == ["kv_cache"]
+    assert own == ["runtime"]
+    assert run.report["slept"] == [run.expected[:3]] * 2
+
+
 def test_log_sum_exp(run):
     """FlashAttention and FlashInfer are asked for it where something is steered, and only there."""
+    if len(run.report["runners"]) > 1:
+        pytest.skip("the calls of other processes are not counted")
     assert run.report["asked before"] == 0
     assert (run.report["asked"] > 8 * LAYERS) == (run.backend in ("FLASH_ATTN", "FLASHINFER"))
 

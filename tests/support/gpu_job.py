@@ -1,12 +1,13 @@
 """vLLM's real engine with our version of its real Triton attention, on a CPU: Triton interprets.
 
-``gpu_job.py MODEL TRITON_ATTN|TRITON_MLA|FLASH_ATTN|FLASHINFER [EAGLE]``. FlashAttention and
-FlashInfer do not run here: what they compute is written anew in torch (`gpu_stand_ins`), so of
+``gpu_job.py MODEL TRITON_ATTN|TRITON_MLA|FLASH_ATTN|FLASHINFER [EAGLE|pipeline]``. FlashAttention
+and FlashInfer do not run here: what they compute is written anew in torch (`gpu_stand_ins`), so of
 these backends it is vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
-V2: the model itself, or an EAGLE draft). In a process of its own, since Triton is to be
-found before vllm is imported. Only three things are told otherwise than they are: that Triton has
-a backend for CPUs, what a GPU can do, and that this is one when `support` asks.
+V2: the model itself, or an EAGLE draft), or in two pipeline stages, each a process of its own; and
+after the engine has slept. In a process of its own, since Triton is to be found before vllm is
+imported. Told otherwise than they are: that Triton has a backend for CPUs, what a GPU can do, that
+this is one when `support` asks, and what allocates (`sleeping`).
 """
 # ruff: noqa: E402
 
@@ -30,6 +31,7 @@ import torch
 
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
+import sleeping
 from gpu_stand_ins import LSE_CALLS, STAND_INS
 from models import random_ids
 
@@ -48,8 +50,8 @@ CASES = [  # prompt, new tokens, emphasis
 NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
-def main(model, backend, eagle=None):
-    from vllm import LLM, SamplingParams
+def pretend(backend):
+    """In every process of an engine: attention is ``backend``, as on a GPU."""
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -59,12 +61,45 @@ def main(model, backend, eagle=None):
     load_general_plugins()
     if backend in STAND_INS:
         STAND_INS[backend]()
-    worker, options = "vllm_pasta.integration.worker", {}
+    worker = "vllm_pasta.integration.worker"
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{worker}.gpu.{backend}")
     if backend == "TRITON_MLA":
         for name in ("CPU_MLA", "AMX_MLA"):  # by whether the machine has AMX
             register_backend(AttentionBackendEnum[name], f"{worker}.gpu_mla.{backend}")
+
+
+def what_runs(worker):
+    """The module of a worker's model runner, and its attention backends; in the worker."""
+    runner = worker.model_runner
+    groups = [group for groups in runner.attn_groups for group in groups]
+    return type(runner).__module__, sorted({group.backend.get_name() for group in groups})
+
+
+def pools(worker, allocator):
+    """In which pools the KV cache and the plugin's memory are; in the worker."""
+    from vllm_pasta.integration.worker.rows import rows_of
+
+    rows = rows_of(worker.vllm_config)
+    buffers = rows.buffers_on(worker.device)
+    own = [buffers.records, buffers.groups]
+    for workspace in rows.workspaces.values():
+        own += [workspace.sums, workspace.counters]
+    caches = worker.model_runner.kv_caches
+    return [sorted({str(allocator.tag_of(t)) for t in tensors}) for tensors in (caches, own)]
+
+
+def main(model, backend, other=None):
+    from vllm import LLM, SamplingParams
+
+    pretend(backend)
+    allocator = sleeping.lend()
+    options = {}
+    if backend == "TRITON_MLA":
         options["attention_config"] = {"backend": backend}
+    if other == "pipeline":
+        options["pipeline_parallel_size"] = 2
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
 
     def start(speculative=None):
         return LLM(
@@ -97,25 +132,33 @@ def main(model, backend, eagle=None):
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     llm = start()
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runners, backends = zip(*llm.collective_rpc(what_runs), strict=True)
     report = {
-        "runner": type(runner).__module__,
-        "backends": sorted({g.backend.get_name() for gs in runner.attn_groups for g in gs}),
+        "runners": runners,
+        "backends": backends,
         "plain": run(llm, CASES[:1]),
         "asked before": len(LSE_CALLS),
         "mixed": run(llm, CASES),
         "again": run(llm, CASES[:3]),  # with prefix hits, and slots that others had
     }
     report["asked"] = len(LSE_CALLS)
+    if other != "pipeline":
+        report["pools"] = llm.collective_rpc(pools, args=(allocator,))[0]
+        report["slept"] = []
+        for level in (1, 2):
+            llm.sleep(level)
+            llm.wake_up()
+            report["slept"].append(run(llm, CASES[:3]))
     del llm
-    if backend == "TRITON_MLA":  # vLLM takes a draft model of DeepSeek's for one of method mtp
+    # vLLM takes a draft model of DeepSeek's for one of method mtp.
+    if backend == "TRITON_MLA" or other == "pipeline":
         print("REPORT", json.dumps(report))
         return
     is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     draft = NGRAM
     if is_v2:
-        method = "eagle" if eagle else "draft_model"
-        draft = {"method": method, "model": eagle or model}
+        method = "eagle" if other else "draft_model"
+        draft = {"method": method, "model": other or model}
     llm = start({**draft, "num_speculative_tokens": 2})
     report["drafted"] = run(llm, CASES[3:])
     report["drafts"] = {
@@ -126,5 +169,7 @@ def main(model, backend, eagle=None):
     print("REPORT", json.dumps(report))
 
 
+if __name__ == "__mp_main__":  # in a worker's process
+    pretend(sys.argv[2])
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -44,5 +44,6 @@ HOOKS: dict[str, Callable[..., Any]] = {
     **cache_keys.HOOKS,
     **connectors.HOOKS,
     **registry.HOOKS,
+    **rows.HOOKS,
 }
 """By hook point, as its documentation in ``vllm.plugins.hooks`` wants them."""

@@ -33,7 +33,8 @@ class Patch:
             ``patches/``: a hook point, or ``module:qualified.name``.
         frontend: Applied when a front end starts (it alone has the target's module loaded),
             not in every process.
-        backend: The GPU attention backend with whose steered version it is applied, not before.
+        part: Of vLLM, with whose steered version it is applied, not before: a GPU attention
+            backend, or `rows.MODEL_RUNNER_V2`.
     """
 
     target: str
@@ -41,7 +42,7 @@ class Patch:
     digests: str
     superseded_by: str
     frontend: bool = False
-    backend: str | None = None
+    part: str | None = None
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -101,14 +102,14 @@ def apply(patches: Sequence[Patch], hooks: Mapping[str, Callable[..., Any]]) -> 
 
     Args:
         patches: Those that every process needs are applied now; the rest by `apply_frontend` and
-            `apply_backend`.
+            `apply_part`.
         hooks: Functions by the name of their hook point in ``vllm.plugins.hooks``, whose
             documentation says what it calls them with. Names that this vLLM lacks are skipped.
     """
     global _given
     _register(hooks)
     for patch in patches:
-        if not patch.frontend and patch.backend is None:
+        if not patch.frontend and patch.part is None:
             patch.apply()
     _given = tuple(patches)
 
@@ -120,10 +121,10 @@ def apply_frontend() -> None:
             patch.apply()
 
 
-def apply_backend(name: str) -> None:
-    """Applies the patches that the steered version of a GPU attention backend needs."""
+def apply_part(name: str) -> None:
+    """Applies the patches that the steered version of a part of vLLM needs."""
     for patch in _given or ():
-        if patch.backend == name:
+        if patch.part == name:
             patch.apply()
 
 

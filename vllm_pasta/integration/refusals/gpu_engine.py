@@ -27,12 +27,6 @@ GPU_ENGINE = shown_by(
         ),
     ),
     (
-        "pipeline-v2",
-        "pipeline parallel with Model Runner V2, which tells only the last stage whose the "
-        "rows are (VLLM_USE_V2_MODEL_RUNNER=0 has another)",
-        lambda e: e.parallel.pipeline_parallel_size > 1 and e.config.use_v2_model_runner,
-    ),
-    (
         "context-parallel",
         "context parallel, where each rank has a part of every request's keys: a steered "
         "head's sums over emphasised keys would have to be gathered as vLLM gathers its own",
@@ -52,10 +46,10 @@ GPU_ENGINE = shown_by(
         lambda e: e.speculative and e.speculative.enable_adaptive_verification,
     ),
     (
-        "sleep-mode",
-        "sleep mode is on, and no GPU run has shown that what steering keeps in GPU memory is "
-        "there after waking up",
-        lambda e: e.model.enable_sleep_mode,
+        "sleep-mode-backend",
+        "sleep mode has the backend {0.model.sleep_mode_backend}, not cumem, which keeps what "
+        "steering has in GPU memory",
+        lambda e: e.model.enable_sleep_mode and e.model.sleep_mode_backend != "cumem",
     ),
     (
         "sparse-kv-cache",

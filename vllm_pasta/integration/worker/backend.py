@@ -159,7 +159,7 @@ def steered_backend(
     module, _, class_name = AttentionBackendEnum[name].value.rpartition(".")
     made = steer(getattr(importlib.import_module(module), class_name), builder, impl)
     made.__qualname__ = name
-    patching.apply_backend(name)
+    patching.apply_part(name)
     return made
 
 

@@ -167,6 +167,6 @@ PATCHES = (
         _flash_attention,
         "c5faf0462409",
         "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
-        backend="FLASH_ATTN",
+        part="FLASH_ATTN",
     ),
 )

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
@@ -33,6 +33,9 @@ from vllm_pasta.steering.slots import SteeringBuffers
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+MODEL_RUNNER_V2 = "Model Runner V2"
+"""The part of vLLM with which a patch is applied."""
+
 _NOT_TOLD = "attention metadata does not say which request each row belongs to"
 
 _instances: "WeakValueDictionary[int, EmphasisRows]" = WeakValueDictionary()
@@ -47,7 +50,8 @@ class Source(enum.Enum):
     metadata is built. A row is its own slot."""
     SLOTS = enum.auto()
     """Model Runner V2: `EmphasisRows.add_request` gets the request that has a slot from now on (and
-    is not called when it leaves), and ``req_idx`` of attention metadata is the slot of each row."""
+    is not called when it leaves), and ``req_idx`` of attention metadata is the slot of each row. In
+    the last pipeline stage the sampler tells, in the others the function `add_request`."""
     METADATA = enum.auto()
     """Model Runner V1 of a vLLM with the diff in ``patches/``: ``get_sampling_params`` of
     attention metadata. A row is its own slot."""
@@ -62,6 +66,11 @@ class Source(enum.Enum):
         return cls.BATCH_UPDATES
 
 
+def _instance_of(vllm_config: "VllmConfig") -> "EmphasisRows | None":
+    rows = _instances.get(id(vllm_config))
+    return rows if rows is not None and rows.vllm_config is vllm_config else None
+
+
 def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
     """The row tracker of the engine whose model runner holds this very config object, for an
     attention backend that honours it.
@@ -69,9 +78,10 @@ def rows_of(vllm_config: "VllmConfig") -> "EmphasisRows":
     Raises:
         UnsupportedError: vLLM did not load logits-processor plugins for this engine.
     """
-    rows = _instances.get(id(vllm_config))
-    if rows is None or rows.vllm_config is not vllm_config:
-        if Source.of(vllm_config) is not Source.METADATA:
+    rows = _instance_of(vllm_config)
+    if rows is None:
+        source = Source.of(vllm_config)
+        if source is not Source.METADATA and not (source is Source.SLOTS and not _has_sampler()):
             raise UnsupportedError(
                 "vLLM did not load vllm-pasta's logits processor (group vllm.logits_processors), "
                 "so no batch row could be told from another"
@@ -112,6 +122,8 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
             from vllm_pasta.integration import support  # heavy, and front ends load this module
 
             support.check_layers(vllm_config)
+            if not _has_sampler():
+                patching.apply_part(MODEL_RUNNER_V2)
         _instances[id(vllm_config)] = self
 
     @property
@@ -287,6 +299,34 @@ def _build_logitsprocs(
     return processors
 
 
+def add_request(
+    vllm_config: "VllmConfig", req_idx: int, sampling_params: SamplingParams | None
+) -> None:
+    """Says whose a slot of Model Runner V2 is now, where no sampler does: in a pipeline stage that
+    is not the last.
+
+    Raises:
+        UnsupportedError: the request is steered, and no attention backend of this stage asked for
+            the rows.
+    """
+    if _has_sampler() or sampling_params is None or not is_enabled(vllm_config):
+        return
+    rows = _instance_of(vllm_config) or EmphasisRows(vllm_config)
+    rows.add_request(req_idx, sampling_params)
+
+
+def _has_sampler() -> bool:
+    return bool(get_pp_group().is_last_rank)
+
+
+def _add_requests(original: Callable[..., Any], runner: Any, scheduler_output: Any) -> None:
+    """Model Runner V2's: also tells of the new requests."""
+    original(runner, scheduler_output)
+    for new in scheduler_output.scheduled_new_reqs:
+        slot = runner.req_states.req_id_to_index[new.req_id]
+        add_request(runner.vllm_config, slot, new.sampling_params)
+
+
 PATCHES = (
     Patch(
         "vllm.v1.sample.logits_processor:build_logitsprocs",
@@ -294,4 +334,12 @@ PATCHES = (
         "82609dd72304",
         "vllm.v1.attention.backend:CommonAttentionMetadata.get_sampling_params",
     ),
+    Patch(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
+        _add_requests,
+        "8321187d017e",
+        "request_slot",
+        part=MODEL_RUNNER_V2,
+    ),
 )
+HOOKS = {"request_slot": add_request}

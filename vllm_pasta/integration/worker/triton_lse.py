@@ -136,6 +136,6 @@ PATCHES = (
         _unified_attention,
         "7f622e55ccdb 222093c6a015",
         "vllm.v1.attention.backend:AttentionImpl.on_softmax_lse",
-        backend="TRITON_ATTN",
+        part="TRITON_ATTN",
     ),
 )
