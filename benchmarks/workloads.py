@@ -5,12 +5,15 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_pasta.request.shape import attention_layers
+
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a model that workloads depend on: layers, query heads in each, vocabulary."""
+    """The sizes of a model that workloads depend on: layers with attention, query heads in each,
+    vocabulary."""
 
-    layers: int = 30  # SmolLM2-135M's
+    layers: tuple[int, ...] = tuple(range(30))  # SmolLM2-135M's
     heads: int = 9
     vocabulary: int = 40_000
 
@@ -20,7 +23,8 @@ class Model:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(name).get_text_config()
-        return cls(config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
+        layers = attention_layers(config, config.num_hidden_layers)
+        return cls(layers, config.num_attention_heads, config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,12 @@ def _length(rng: random.Random, median: int, most: int) -> int:
 
 
 def _heads(share: float, model: Model, rng: random.Random) -> dict[str, list[int]]:
-    total = model.layers * model.heads
+    total = len(model.layers) * model.heads
     count = max(1, round(share * total))
     if count == total:
-        return {str(layer): list(range(model.heads)) for layer in range(model.layers)}
-    spread = model.layers if share >= 0.2 else round(0.3 * model.layers)
-    layers = rng.sample(range(model.layers), max(1, min(spread, count)))
+        return {str(layer): list(range(model.heads)) for layer in model.layers}
+    spread = len(model.layers) if share >= 0.2 else round(0.3 * len(model.layers))
+    layers = rng.sample(model.layers, max(1, min(spread, count)))
     return {str(layer): rng.sample(range(model.heads), count // len(layers)) for layer in layers}
 
 

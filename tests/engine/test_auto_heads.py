@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 import vllm
-from models import random_ids, tiny_model, worded_llama
+from models import MULTIMODAL, random_ids, tiny_model, tiny_multimodal, worded_llama
 
 import vllm_pasta
 from vllm_pasta import HeadSet, cli
@@ -92,6 +92,27 @@ def test_a_model_without_plain_attention(tmp_path):
     prompt = Prompt(random_ids(24, 1), ((4, 9),), [], [5, 6], [])
     with pytest.raises(PastaError, match=r"plain softmax attention alone.*search full or halving"):
         GradientModel(str(tmp_path)).estimate([prompt], 0.1)
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "deepseek_v3", "qwen2_5_vl"])
+def test_estimates_for_other_kinds_of_models(kind, tmp_path):
+    """Hybrid ones, MLA and multimodal ones: for weak steering, what steering really does."""
+    (tiny_multimodal if kind in MULTIMODAL else tiny_model)(tmp_path, kind)
+    prompt = Prompt(random_ids(40, 1), ((5, 12),), [3, 4], [3], [4])
+    estimates = GradientModel(str(tmp_path)).estimate([prompt], 0.99)
+    layers = (1, 3) if kind == "granitemoehybrid" else range(4)
+    assert list(estimates) == [(layer, head) for layer in layers for head in range(4)]
+    oracle = Oracle(tmp_path)
+
+    def margin(steering=None):
+        row = oracle.prompt_logprobs(prompt.ids, steering)[-1]
+        return float(row[3] - row[4])
+
+    plain = margin()
+    for head in range(4):
+        steering = Steering([(5, 12)], {1: [head]}, 0.99, len(prompt.ids))
+        assert estimates[1, head] == pytest.approx(margin(steering) - plain, rel=0.1, abs=5e-5)
+    assert max(abs(estimates[1, head]) for head in range(4)) > 2e-4
 
 
 def test_estimates_in_bf16(tmp_path):

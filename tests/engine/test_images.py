@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 import pytest
 from models import random_ids, tiny_multimodal
-from pictures import IMAGE, data_url, picture, save_processor
+from pictures import AROUND, BREAK_TOKEN, IMAGE, data_url, picture, save_processor
 from test_exact import LOGPROB_TOLERANCE, check
 from vllm import SamplingParams
 
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.verify.oracle import Oracle, Steering
 
-KINDS = ("qwen2_5_vl", "gemma3")
+KINDS = ("qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3")
 ALL = {layer: [0, 1, 2, 3] for layer in range(4)}
 FILLER = "One two three four five six seven eight nine ten eleven twelve. "
 IMAGE_TOKEN = 5
@@ -53,27 +53,29 @@ class Model:
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, tmp_path_factory):
-    from conftest import start
-
     folder = tiny_multimodal(tmp_path_factory.mktemp(request.param), request.param)
     processor = save_processor(folder, request.param)
-    llm = start(
+    llm = start_with_images(
         folder,
         block_size=32,
         prefix_cache_retention_interval=None,  # windowed layers keep all blocks, too
-        max_num_seqs=4,
         max_num_batched_tokens=64,
-        limit_mm_per_prompt={"image": 3, "video": 0},
     )
     yield Model(request.param, llm, Oracle(folder), processor)
     del llm
     gc.collect()
 
 
+def start_with_images(folder, **options):
+    from conftest import start
+
+    return start(folder, max_num_seqs=4, limit_mm_per_prompt={"image": 3, "video": 0}, **options)
+
+
 def params(emphasis=None, alpha=0.01):
     if emphasis is not None:
         heads = {str(layer): heads for layer, heads in ALL.items()}
-        emphasis = {"emphasis": {**emphasis, "alpha": alpha, "heads": heads}}
+        emphasis = {"emphasis": {"heads": heads, **emphasis, "alpha": alpha}}
     return SamplingParams(
         temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=-1, extra_args=emphasis
     )
@@ -95,10 +97,10 @@ def words(*texts):
 
 
 def images(*indices):
-    """Finds images in token ids: runs of one token."""
+    """Finds images in token ids: runs of one token, with those between an image's rows."""
 
     def find(ids):
-        edges = [False, *(token == IMAGE_TOKEN for token in ids), False]
+        edges = [False, *(token in (IMAGE_TOKEN, BREAK_TOKEN) for token in ids), False]
         changes = [i for i in range(len(ids) + 1) if edges[i] != edges[i + 1]]
         runs = list(zip(changes[::2], changes[1::2], strict=True))
         return [runs[i] for i in indices]
@@ -233,9 +235,8 @@ def test_completions(model):
 
             def spans(ids):
                 ((start, end),) = images(0)(ids)
-                # Gemma's processor puts two more tokens on either side.
-                around = {"qwen2_5_vl": 1, "gemma3": 2}[model.kind]
-                return [(start - around, end + around)]
+                before, after = AROUND[model.kind]
+                return [(start - before, end + after)]
 
         ids, expected = model.expected(clean, pictures, spans)
         assert output.prompt_token_ids == ids, emphasis

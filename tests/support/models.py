@@ -150,6 +150,27 @@ MULTIMODAL = {  # model type -> its language model's options, and the rest
          "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7,
          "vision_end_token_id": 8},
     ),
+    "qwen3_vl": (  # its vision tower adds to the hidden states of the first layers (deepstack)
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                             "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+        {"vision_config": {"depth": 3, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                           "out_hidden_size": 128, "deepstack_visual_indexes": [0, 1],
+                           "patch_size": 14, "num_position_embeddings": 64,
+                           "initializer_range": 0.15},
+         "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7,
+         "vision_end_token_id": 8},
+    ),
+    "qwen3_5": (  # a hybrid one
+        {**_GATED_DELTA_NET,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                             "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2],
+                             "mrope_interleaved": True}},
+        {"vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                           "out_hidden_size": 128, "patch_size": 14, "num_position_embeddings": 64,
+                           "initializer_range": 0.15},
+         "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7,
+         "vision_end_token_id": 8},
+    ),
     "gemma3": (  # its image tokens attend both ways
         {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 32},
         {"vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 5,
@@ -158,12 +179,12 @@ MULTIMODAL = {  # model type -> its language model's options, and the rest
     "mistral3": (
         {"model_type": "mistral"},
         {"vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 32},
-         "image_token_index": 5},
+         "image_token_index": 5},  # beside it, a token ends each row of an image, another the last
     ),
 }  # fmt: skip
 
 
-def tiny_multimodal(folder, model_type):
+def tiny_multimodal(folder, model_type, dtype=torch.float32):
     """Saves a random model of MULTIMODAL: 4 layers of language model, a tiny vision tower."""
     torch.manual_seed(0)
     text, others = MULTIMODAL[model_type]
@@ -181,7 +202,7 @@ def tiny_multimodal(folder, model_type):
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     # It never says what stands for an image in prompts: transformers would look for its features.
     torch.nn.init.zeros_(model.lm_head.weight[5:7])
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     if model_type == "gemma3":  # as published; transformers 5 saves another name, and reads both
         weights = load_file(folder / "model.safetensors")
         named = {re.sub(r"(vision_tower\.)(?!vision_model)", r"\1vision_model.", name): value
@@ -249,8 +270,13 @@ def lora_adapter(model, folder, *, seed, rank=4, scale=0.3):
 
 
 def worded_llama(folder, texts, vocab=4096):
-    """The same with a tokenizer, trained on ``texts``: their common words are tokens."""
+    """A tiny random Llama with a tokenizer as `word_tokenizer` makes it."""
+    return tiny_llama(word_tokenizer(folder, texts, vocab), vocab=vocab)
+
+
+def word_tokenizer(folder, texts, vocab=4096):
+    """Saves a tokenizer, trained on ``texts``: their common words are tokens."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=vocab, show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
-    return tiny_llama(folder, vocab=vocab)
+    return folder

@@ -10,9 +10,13 @@ from transformers import (
     AutoTokenizer,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 TEMPLATE = (
@@ -22,43 +26,93 @@ TEMPLATE = (
 )
 IMAGE = {  # model type -> what a prompt says where an image is
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
+    "mistral3": "[IMG]",
 }
+AROUND = {  # model type -> tokens that the processor puts before and after those of an image
+    "qwen2_5_vl": (1, 1),
+    "qwen3_vl": (1, 1),
+    "gemma3": (2, 2),
+    "mistral3": (0, 1),
+}
+_QWEN = {5: "<|image_pad|>", 6: "<|video_pad|>", 7: "<|vision_start|>", 8: "<|vision_end|>"}
+BREAK_TOKEN = 12
+"""Mistral's, between the rows of an image."""
 
 
 def save_processor(folder, model_type):
     """Saves a tokenizer, and the processor of images of a model of ``models.MULTIMODAL``, for
     pictures of a few patches."""
     template = TEMPLATE.replace("IMAGE", IMAGE[model_type])
-    if model_type == "qwen2_5_vl":
-        byte_tokenizer(folder, {5: "<|image_pad|>", 6: "<|video_pad|>", 7: "<|vision_start|>",
-                                8: "<|vision_end|>"})  # fmt: skip
-        sizes = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 12}
-        processor = Qwen2_5_VLProcessor(
-            Qwen2VLImageProcessor(**sizes),
-            AutoTokenizer.from_pretrained(folder),
-            Qwen2VLVideoProcessor(**sizes),
-            chat_template=template,
-        )
-    else:
-        lines = {13: "\n", 9: "\n\n", 10: "\n\n\n", 11: "\n\n\n\n"}  # as Gemma's tokenizer has them
-        tokens = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
-                  "eoi_token": "<end_of_image>"}  # fmt: skip
-        byte_tokenizer(
-            folder,
-            lines | dict(zip((5, 7, 8), tokens.values(), strict=True)),
-            extra_special_tokens=tokens,
-        )
-        processor = Gemma3Processor(
-            Gemma3ImageProcessor(size={"height": 56, "width": 56}),
-            AutoTokenizer.from_pretrained(folder),
-            chat_template=template,
-            image_seq_length=4,
-        )
+    processor = _PROCESSORS[model_type](folder, template)
     processor.save_pretrained(folder)
     processor.tokenizer.chat_template = template
     processor.tokenizer.save_pretrained(folder)
     return processor
+
+
+def _qwen2_5_vl(folder, template):
+    sizes = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 12}
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**sizes),
+        _tokenizer(folder, _QWEN),
+        Qwen2VLVideoProcessor(**sizes),
+        chat_template=template,
+    )
+
+
+def _qwen3_vl(folder, template):
+    sizes = {
+        "size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12},
+        "patch_size": 14,
+    }
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**sizes),
+        _tokenizer(folder, _QWEN),
+        Qwen3VLVideoProcessor(**sizes),
+        chat_template=template,
+    )
+
+
+def _gemma3(folder, template):
+    lines = {13: "\n", 9: "\n\n", 10: "\n\n\n", 11: "\n\n\n\n"}  # as Gemma's tokenizer has them
+    tokens = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
+              "eoi_token": "<end_of_image>"}  # fmt: skip
+    return Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 56, "width": 56}),
+        _tokenizer(
+            folder,
+            lines | dict(zip((5, 7, 8), tokens.values(), strict=True)),
+            extra_special_tokens=tokens,
+        ),
+        chat_template=template,
+        image_seq_length=4,
+    )
+
+
+def _mistral3(folder, template):
+    return PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 84}, patch_size=14),
+        _tokenizer(folder, {5: "[IMG]", BREAK_TOKEN: "[IMG_BREAK]", 8: "[IMG_END]"}),
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=template,
+    )
+
+
+def _tokenizer(folder, added, **options):
+    return AutoTokenizer.from_pretrained(byte_tokenizer(folder, added, **options))
+
+
+_PROCESSORS = {
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_5": _qwen3_vl,
+    "gemma3": _gemma3,
+    "mistral3": _mistral3,
+}
 
 
 def picture(seed, width=84, height=56):

@@ -31,8 +31,15 @@ def test_reference_equals_oracle(tiny, tiny_oracle):
 ALL = [*WORKLOADS.values(), *REFERENCE.values(), *(w for p in SWEEPS.values() for _, w in p)]
 
 
+MODELS = {
+    "smollm2": Model(),
+    "qwen3": Model(tuple(range(36)), 32, 150_000),
+    "hybrid": Model(tuple(range(3, 48, 4)), 32, 150_000),  # a layer of four has attention
+}
+
+
 @pytest.mark.parametrize("workload", ALL, ids=range(len(ALL)))
-@pytest.mark.parametrize("model", [Model(), Model(36, 32, 150_000)], ids=["smollm2", "qwen3"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_workloads(workload, model):
     """As many requests, steered ones, tokens and heads as the table says."""
     batch = workload.batch(1, model)
@@ -48,8 +55,8 @@ def test_workloads(workload, model):
         assert 0 < start < end <= len(item["ids"])
         assert end - start == workload.emphasised_tokens or workload.mixed
         heads = item["emphasis"]["heads"]
-        wanted = max(1, workload.heads * model.layers * model.heads)
+        wanted = max(1, workload.heads * len(model.layers) * model.heads)
         assert wanted * 0.85 <= sum(len(h) for h in heads.values()) <= wanted + 1
-        assert all(int(i) < model.layers and max(h) < model.heads for i, h in heads.items())
+        assert all(int(i) in model.layers and max(h) < model.heads for i, h in heads.items())
     if workload.distinct:
         assert len({str(item["emphasis"]) for item in steered}) == len(steered)

@@ -235,11 +235,18 @@ class Oracle:
         return tokens, torch.stack(rows)
 
     def prompt_logprobs(
-        self, prompt_ids: list[int], steering: Steering | None = None
+        self,
+        prompt_ids: list[int],
+        steering: Steering | None = None,
+        images: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Log-probabilities at every prompt position: float32 [len(prompt_ids), vocab]."""
+        """Log-probabilities at every prompt position: float32 [len(prompt_ids), vocab].
+
+        ``images``: as `generate` has them.
+        """
         with _steering(steering):
-            logits: torch.Tensor = self.model(input_ids=self._ids(prompt_ids)).logits[0]
+            ids = self._ids(prompt_ids)
+            logits: torch.Tensor = self.model(input_ids=ids, **(images or {})).logits[0]
             return logits.float().log_softmax(-1).cpu()
 
     def beam_search(

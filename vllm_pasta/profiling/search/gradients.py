@@ -86,17 +86,32 @@ class GradientModel:
 
         Args:
             model: A folder or a name.
-            options: Arguments of ``AutoModelForCausalLM.from_pretrained``, such as ``revision``.
+            options: Arguments of ``from_pretrained``, such as ``revision``.
         """
-        from transformers import AttentionInterface, AutoModelForCausalLM
+        from transformers import (
+            AttentionInterface,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+        )
 
         AttentionInterface.register(_NAME, _attention)
         on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                model, dtype="auto" if on_gpu else torch.float32, attn_implementation=_NAME,
-                **options,
+            config = AutoConfig.from_pretrained(model, **options)
+            loader: Any = AutoModelForCausalLM
+            self._of_text: str | dict[str, str] = _NAME
+            if (text := config.get_text_config()) is not config:
+                loader = AutoModelForImageTextToText
+                self._of_text = {  # what encodes images keeps its own attention
+                    name: _NAME
+                    for name in config.sub_configs
+                    if getattr(config, name, None) is text
+                }
+            self._model = loader.from_pretrained(
+                model, dtype="auto" if on_gpu else torch.float32,
+                attn_implementation=self._of_text, **options,
             )  # fmt: skip
             self._model = self._model.to(self._device).eval()
         except Exception as e:  # whatever a model's own code may raise
@@ -169,7 +184,7 @@ class GradientModel:
         with torch.no_grad():
             expected = self._model(input_ids=ids).logits[0].float().log_softmax(-1)
             differences = (rows.float().log_softmax(-1) - expected).abs()
-        self._model.set_attn_implementation(_NAME)
+        self._model.set_attn_implementation(self._of_text)
         exact = rows.dtype == torch.float32
         difference = float(differences.max() if exact else differences.mean())
         allowed = TOLERANCE if exact else MEAN_TOLERANCE
