@@ -1,18 +1,29 @@
 """Every request is steered as asked or refused with a reason, before it runs."""
 
+import itertools
 import json
+import math
+import os
+import random
+from collections import Counter
 from copy import copy
 
 import pytest
 import vllm
+from pydantic import ValidationError
+from specs import TEXTS, likely_spec, random_prompts, random_spec
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
 
 import vllm_pasta
 from vllm_pasta import EmphasisError, HeadSetError, UnsupportedError
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.integration.config import PastaConfig
+from vllm_pasta.integration.frontend.conversation import rendering
+from vllm_pasta.integration.frontend.middleware import rewrite
 from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.head_sets.library import bundled
-from vllm_pasta.request.resolution import WIRE_KEY
+from vllm_pasta.request.resolution import WIRE_KEY, ResolvedEmphasis
 from vllm_pasta.verify.oracle import Steering
 
 PROMPT = "Name three colours. Answer in JSON. Be brief."
@@ -401,3 +412,50 @@ def test_extra_and_extra_args():
     assert both.extra is None
     with pytest.raises(ValueError, match="emphasis"):
         vllm_pasta.SamplingParams(extra={"emphasis": "a"}, extra_args={"emphasis": "b"})
+
+
+def test_fuzz(smollm2_engine):
+    """Random bodies, by the way that a server's go but for HTTP: resolved such that a kernel can
+    take it, or refused; VLLM_PASTA_FUZZ says how many."""
+    count = int(os.environ.get("VLLM_PASTA_FUZZ", "1500"))
+    rng = random.Random(int(os.environ.get("VLLM_PASTA_FUZZ_SEED", "0")))
+    processor = smollm2_engine.llm_engine.input_processor
+    admission, renderer = processor.pasta_admission, processor.renderer
+    outcomes = Counter()
+    for _ in range(count):
+        if rng.random() < 0.4:
+            prompt, emphasis = random_prompts(rng)
+            xargs = {"emphasis": emphasis}
+        else:
+            prompt, spec = rng.choice(TEXTS), rng.choice((random_spec, likely_spec))(rng)
+            xargs = rng.choice(({"emphasis": spec}, {"emphasis": "Ann", "emphasis_heads": spec},
+                                {"vllm_xargs": {"emphasis": json.dumps(spec)}}))  # fmt: skip
+        body = json.dumps({"model": "m", "prompt": prompt, **xargs}).encode()
+        try:
+            request = CompletionRequest.model_validate_json(rewrite(body)[0])
+            sampling = request.to_sampling_params(4, {})
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            with rendering(request.vllm_xargs or {}):
+                prompts = renderer.render_cmpl(
+                    [{"prompt": text} for text in texts], renderer.default_cmpl_tok_params
+                )
+            wires = [(p, admission.admit(copy(sampling), p).extra_args or {}) for p in prompts]
+        except (EmphasisError, ValidationError, VLLMValidationError):  # all are 400
+            outcomes["refused"] += 1
+            continue
+        assert len(wires) == len(texts)
+        for rendered, extra in wires:
+            wire = extra.get(WIRE_KEY)
+            outcomes["steered" if wire else "plain"] += 1
+            if wire:
+                assert not any(key.startswith("emphasis") for key in extra), body
+                resolved = ResolvedEmphasis.from_wire(wire)
+                length = len(rendered["prompt_token_ids"])
+                ends = [0, *itertools.chain(*resolved.spans)]
+                assert all(a <= b for a, b in itertools.pairwise(ends)), body
+                assert ends[-1] <= resolved.prompt_len == length, body
+                assert all(0 < factor < math.inf for factor in resolved.factors), body
+                assert 0 < resolved.alpha < math.inf, body
+                admission.shape.check(resolved.heads)
+    assert min(outcomes["steered"], outcomes["refused"]) > count / 10
+    print(f"fuzz in process: {count} bodies, {dict(outcomes)}")

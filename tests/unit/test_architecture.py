@@ -92,3 +92,17 @@ def test_strings_that_name_modules_lead_somewhere():
         if not (as_module.is_dir() or as_module.with_suffix(".py").exists()):
             module, _, attribute = text.rpartition(".")
             assert attribute in set(names(module)), f"{path}: {text}"
+
+
+def test_no_decision_depends_on_the_wall_clock():
+    """A clock that jumps, as it does when it is set, changes nothing: what waits or times asks a
+    clock that does not."""
+    clocks = {"time", "time_ns", "now", "utcnow", "today", "localtime", "gmtime"}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in clocks:
+                of = ast.unparse(node.value)
+                assert of not in ("time", "datetime", "date", "datetime.datetime"), path
+            if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"):
+                assert not clocks & {alias.name for alias in node.names}, path
+                assert node.module != "datetime", path

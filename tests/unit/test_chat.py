@@ -165,7 +165,7 @@ def test_markup_by_message():
         {"role": "tool", "content": None},
     ]
     clean, reading = read_messages(messages, Markup("tag", "b"))
-    texts = [text for texts in Chat(clean, template).texts() for _, text in texts]
+    texts = [text for texts in Chat(clean, template).texts for _, text in texts]
     assert texts == ["Be brief", "a b", "c"]
     assert reading.changed
     assert reading.marks == {

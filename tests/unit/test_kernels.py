@@ -1,6 +1,7 @@
 """Every kernel against a dense computation in fp64 that shares no code with them."""
 
 import logging
+import resource
 import shutil
 import subprocess
 import sys
@@ -539,13 +540,30 @@ def test_damaged_kernel_is_built_again(built, fresh):
     assert len(library.read_bytes()) == len(whole)
 
 
-def test_cache_folder_that_cannot_be_written(fresh, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("file", "Not a directory"), ("/proc/cache", "No such file"), ("/sys/cache", "")],
+)
+def test_cache_folder_that_cannot_be_written(fresh, monkeypatch, caplog, folder, words):
     """An engine that dies of it; or one that does not say why it is slow."""
     (fresh / "file").write_text("")
-    monkeypatch.setenv("VLLM_PASTA_CACHE", str(fresh / "file"))
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(fresh / folder))
     with caplog.at_level(logging.WARNING, logger="vllm_pasta"):
         assert select.prepare() == "reference"
-    assert "Not a directory" in caplog.records[0].message
+    assert words in caplog.records[0].message
+
+
+def test_full_disk(fresh, monkeypatch, caplog):
+    """The same; or half a kernel that stays there. The compiler inherits the limit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with caplog.at_level(logging.WARNING, logger="vllm_pasta"):
+            assert select.prepare() == "reference"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(caplog.records) == 1
+    assert not list(fresh.rglob("cpu.so"))
 
 
 def test_loads_no_second_openmp_runtime():

@@ -278,7 +278,7 @@ class Admission:
         if markup.kind == "off" or (longest := self._longest) is None:
             return
         if is_chat:
-            texts = [text for of in Chat(prompt, lambda _: None).texts() for _, text in of]
+            texts = [text for of in Chat(prompt, lambda _: None).texts for _, text in of]
         else:
             texts = [prompt.get("prompt") or ""] if isinstance(prompt, Mapping) else []
         length = sum(map(len, texts))

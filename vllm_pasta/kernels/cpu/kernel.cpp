@@ -39,6 +39,7 @@
 #include <omp.h>
 
 #include <cmath>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -84,7 +85,7 @@ constexpr long MAX_DEPTH = 128;  // products that are added up one by one: more 
 constexpr int MIN_SPLIT = 512;   // fewer keys are not worth a unit of their own
 
 enum Format { FLOAT_PLAIN, BFLOAT16_PLAIN, HALF_PLAIN, BFLOAT16_PAIRED };
-enum Status { OK, BAD_FORMAT, BAD_HEAD, BAD_BLOCK, BAD_ROW };
+enum Status { OK, BAD_FORMAT, BAD_HEAD, BAD_BLOCK, BAD_ROW, NO_MEMORY };
 
 struct Unit {
   int request;
@@ -579,13 +580,17 @@ extern "C" int vllm_pasta_steered_attention(const Batch* batch, const Shape* sha
   static thread_local std::vector<Unit> units;
   static thread_local std::vector<Merge> merges;
   static thread_local std::vector<int32_t> all_heads;
-  if (const Status status = plan(*batch, *shape, *layer, units, merges, all_heads)) return status;
-  switch (shape->format) {
-    case FLOAT_PLAIN: run<Plain<Float>>(*batch, *shape, *layer, units, merges); break;
-    case BFLOAT16_PLAIN: run<Plain<BFloat16>>(*batch, *shape, *layer, units, merges); break;
-    case HALF_PLAIN: run<Plain<Half>>(*batch, *shape, *layer, units, merges); break;
-    case BFLOAT16_PAIRED: run<Paired>(*batch, *shape, *layer, units, merges); break;
-    default: return BAD_FORMAT;
+  try {
+    if (const Status status = plan(*batch, *shape, *layer, units, merges, all_heads)) return status;
+    switch (shape->format) {
+      case FLOAT_PLAIN: run<Plain<Float>>(*batch, *shape, *layer, units, merges); break;
+      case BFLOAT16_PLAIN: run<Plain<BFloat16>>(*batch, *shape, *layer, units, merges); break;
+      case HALF_PLAIN: run<Plain<Half>>(*batch, *shape, *layer, units, merges); break;
+      case BFLOAT16_PAIRED: run<Paired>(*batch, *shape, *layer, units, merges); break;
+      default: return BAD_FORMAT;
+    }
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;  // an exception must not pass through Python, which ends the process
   }
   return OK;
 }

@@ -50,6 +50,7 @@ STATUS = {  # Status in kernel.cpp
     3: "the block table is shorter than the context, or names a block outside the KV cache",
     4: "a steered request's query rows lie outside the query",
 }
+NO_MEMORY = 5
 
 
 def covers(query: torch.Tensor, layout: str) -> bool:
@@ -77,6 +78,7 @@ def steered_attention(
     Raises:
         ValueError: a tensor is not as expected, or the plan does not fit the tensors.
         KernelError: the kernel cannot be built or loaded here.
+        MemoryError: there is no memory for its buffers.
     """
     kernel = load()
     if not query.dtype == kv_cache.dtype == output.dtype or query.shape != output.shape:
@@ -104,7 +106,10 @@ def steered_attention(
         None if slopes is None else slopes.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
     )
-    if status := kernel(_batch(plan), shape, layer):
+    status = kernel(_batch(plan), shape, layer)
+    if status == NO_MEMORY:
+        raise MemoryError("steered attention: not enough memory for the parts of split keys")
+    if status:
         raise ValueError(f"steered attention: {STATUS[status]}")
 
 

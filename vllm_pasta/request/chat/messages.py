@@ -6,6 +6,7 @@ trusts; never in what the chat template adds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from vllm_pasta.errors import EmphasisError, show
@@ -36,6 +37,7 @@ class Chat:
     messages: Sequence[Mapping[str, Any]]
     render: Callable[[list[dict[str, Any]]], str | None]
 
+    @cached_property
     def texts(self) -> list[list[tuple[int | None, str]]]:
         """Per message, its text parts: ``(index of the part, text)``; the index of a plain string
         is None."""

@@ -46,7 +46,7 @@ def locate_messages(
         for at, part in parts:
             wanted.setdefault(at, []).append((part, mark.alpha))
     texts = {
-        (index, part): text for index, parts in enumerate(chat.texts()) for part, text in parts
+        (index, part): text for index, parts in enumerate(chat.texts) for part, text in parts
     }
     pieces = [
         _Piece(at, *_stripped(texts[at], part), alpha)
@@ -280,7 +280,7 @@ def _stripped(text: str, part: Range) -> Range:
 
 def _places(chat: Chat, mark: Mark) -> list[tuple[Place, Range]]:
     """Where a mark points: a text, and a range of it."""
-    texts, indices = chat.texts(), chat.chosen(mark)
+    texts, indices = chat.texts, chat.chosen(mark)
     if not any(texts[i] for i in indices):
         if mark.message is None:
             raise EmphasisError(f"no message of role {mark.role!r} has text", field=mark.field)
