@@ -45,9 +45,7 @@ def locate_messages(
     for mark, parts in zip(marks, places, strict=True):
         for at, part in parts:
             wanted.setdefault(at, []).append((part, mark.alpha))
-    texts = {
-        (index, part): text for index, parts in enumerate(chat.texts) for part, text in parts
-    }
+    texts = {(index, part): text for index, parts in enumerate(chat.texts) for part, text in parts}
     pieces = [
         _Piece(at, *_stripped(texts[at], part), alpha)
         for at, placed in sorted(wanted.items(), key=repr)
