@@ -11,10 +11,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from models import ATTENTION_KINDS, WINDOW, random_ids, tiny_model
 from test_exact import LOGPROB_TOLERANCE, Case, check, run
 
 from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration.frontend.routes import EmphasisRoutes
 from vllm_pasta.verify.oracle import Oracle
 
 SHORT, LONG, OTHER = random_ids(24, 1), random_ids(200, 3), random_ids(140, 4)
@@ -165,6 +168,22 @@ def test_heads_that_a_layer_does_not_have(model):
     for layer, head, reason in ((0, 6, "6 query heads"), (1, 4, "4 query heads .* in this layer")):
         with pytest.raises(ValueError, match=f"layer {layer}, head {head} is out.*{reason}"):
             run(model.llm, [Case(SHORT, [(4, 9)], {layer: [head]})])
+
+
+def test_the_route_says_which_heads_there_are(model):
+    """`GET /v1/emphasis/head_sets`, where layers differ and where they do not."""
+    app = FastAPI()
+    EmphasisRoutes().attach_router(app)
+    app.state.pasta_admission = model.llm.llm_engine.input_processor.pasta_admission
+    told = TestClient(app).get("/v1/emphasis/head_sets").json()["model"]
+    counts = {"laguna": [6, 4] * 2, "gemma4_text": [4] * 6}
+    counts = counts.get(model.oracle.model.config.model_type) or [4] * told["layers"]
+    assert told == {
+        "layers": len(counts),
+        "query_heads": max(counts),
+        "attention_layers": list(range(len(counts))),
+        "query_heads_of_layers": {str(layer): count for layer, count in enumerate(counts)},
+    }
 
 
 def test_chunked_local_attention_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import gc
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from models import random_ids, tiny_multimodal
 from pictures import AROUND, BREAK_TOKEN, IMAGE, data_url, picture, save_processor
 from test_exact import LOGPROB_TOLERANCE, check
@@ -286,6 +287,39 @@ def test_prefix_cache(model):
         assert output.num_cached_tokens == shared, (number, emphasis)
         spans = {id(None): None, id(marked): images(0), id(later): words("tell me")}[id(emphasis)]
         check(output.outputs[0], model.expected(text, [picture(number)], spans)[1])
+
+
+def test_hybrid(tmp_path):
+    """Gated delta net beside attention (Qwen3.5), which vLLM's CPU kernel computes in bf16 alone:
+    error at most twice plain PyTorch's."""
+    folder = tiny_multimodal(tmp_path, "qwen3_5", torch.bfloat16)
+    truth, plain = Oracle(folder), Oracle(folder, torch.bfloat16)
+    model = Model("qwen3_5", None, truth, save_processor(folder, "qwen3_5"))
+    model.llm = start_with_images(folder, dtype="bfloat16", max_num_batched_tokens=64)
+    text = f"{FILLER}{FILLER}See {IMAGE['qwen3_5']}, and {IMAGE['qwen3_5']}: what is it of?"
+    pictures = [picture(8), picture(9)]
+    ids, made = model.given(text, pictures)
+    for emphasis, spans in (
+        ({"text": [{"image": 1}]}, images(1)),
+        ({"text": "what is it"}, words("what is it")),
+    ):
+        asked = params({**emphasis, "heads": {"1": [0, 1, 2, 3], "3": [0, 1, 2, 3]}})
+        asked.prompt_logprobs = -1
+        (output,) = model.llm.generate(
+            {"prompt": text, "multi_modal_data": {"image": pictures}}, asked, use_tqdm=False
+        )
+        assert output.prompt_token_ids == ids
+        first = spans(ids)[0][0]
+        rows = output.prompt_logprobs[first + 1 :]  # nothing before it is steered
+        got = torch.tensor([[row[i].logprob for i in range(256)] for row in rows])
+        steering = Steering(spans(ids), {layer: [0, 1, 2, 3] for layer in (1, 3)}, 0.01, len(ids))
+        exact, rounded, unsteered = (
+            oracle.prompt_logprobs(ids, of, made)[first:-1]
+            for oracle, of in ((truth, steering), (plain, steering), (truth, None))
+        )
+        allowed = 2 * (rounded - exact).abs().mean()
+        assert (got - exact).abs().mean() < allowed
+        assert allowed < (unsteered - exact).abs().mean()  # else the bound would prove nothing
 
 
 @pytest.mark.parametrize(

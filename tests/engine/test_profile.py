@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from models import worded_llama
+from models import tiny_model, word_tokenizer, worded_llama
 
 from vllm_pasta import HeadSet, cli
 from vllm_pasta.errors import PastaError
@@ -26,13 +26,18 @@ EVERY = [(layer, head) for layer in range(4) for head in range(4)]
 PROBE = Probe("p", "one two ", "three four", " five", "six", "seven", ("six", "seven"))
 
 
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory):
-    """A tiny random Llama, 4 layers of 4 query heads, that knows our own examples' words."""
+def words():
+    """Our own examples' words."""
     texts = [PROBE.text, " six", " seven", "eight nine ten"] * 500
     for task in (load("counterfact"), load("biasbios")):
         texts += [f"{probe.text} {probe.target}" for e in task.make() for probe in task.probes(e)]
-    return worded_llama(tmp_path_factory.mktemp("worded"), texts)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory):
+    """A tiny random Llama, 4 layers of 4 query heads, that knows our own examples' words."""
+    return worded_llama(tmp_path_factory.mktemp("worded"), words())
 
 
 @pytest.fixture(scope="module")
@@ -222,32 +227,41 @@ def test_store_on_a_full_disk(tmp_path):
 
 
 @pytest.fixture
-def command(worded, engine, tmp_path, monkeypatch, capsys):
+def command(worded, on_engine):
     """Runs `vllm-pasta …` on the tiny model in this process, on an engine that tests share."""
+    return on_engine(worded)
 
-    llm = engine(worded, max_num_seqs=64, max_num_batched_tokens=1024)
+
+@pytest.fixture
+def on_engine(engine, tmp_path, monkeypatch, capsys):
+    """Makes what runs `vllm-pasta …` on a model."""
 
     @contextlib.contextmanager
     def session(name):
         yield sys.stderr
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vllm.LLM", lambda model, **options: llm)
     for module in ("profile", "eval"):
         monkeypatch.setattr(f"vllm_pasta.cli.{module}.engine_session", session)
 
-    def run(name, *options, status=0):
-        assert cli.main([name, str(worded), *options]) == status
-        return capsys.readouterr()
+    def make(model):
+        llm = engine(model, max_num_seqs=64, max_num_batched_tokens=1024)
+        monkeypatch.setattr("vllm.LLM", lambda model, **options: llm)
 
-    return run
+        def run(name, *options, status=0):
+            assert cli.main([name, str(model), *options]) == status
+            return capsys.readouterr()
+
+        return run
+
+    return make
 
 
-def brute_force(oracle, prompter, examples, alpha):
+def brute_force(oracle, prompter, examples, alpha, heads=EVERY):
     """Every head's mean margin by the oracle; None is the plain model."""
     task = load("counterfact")
     margins = {}
-    for head in [None, *EVERY]:
+    for head in [None, *heads]:
         total = 0.0
         for example in examples:
             prompt = prompter.build(task.ranking_probes(example)[0], methods.PLAIN)
@@ -280,6 +294,33 @@ def test_profile_equals_brute_force(command, oracle, prompter):
     for head, score in zip(profile["ranking"], profile["scores"], strict=True):
         assert float(rows[head]) == pytest.approx(score, abs=1e-3)
     assert is_alone(page)
+
+
+def test_hybrid(on_engine, prompter, tmp_path):
+    """The heads of attention layers alone, over the recurrences of the others."""
+    folder = tiny_model(
+        word_tokenizer(tmp_path / "m", words()), "granitemoehybrid", vocab_size=4096
+    )
+    command, heads = on_engine(folder), [(layer, head) for layer in (1, 3) for head in range(4)]
+    for search in ("full", "gradient"):
+        command("profile", "--examples", "2", "--top-k", "3", "--alpha", "0.1", "--search", search)
+        profile = HeadSet.load("heads.json").provenance["profiles"]["counterfact"]
+        assert set(profile["ranking"]) == {f"{layer}.{head}" for layer, head in heads}
+        if search == "full":
+            examples = sample(load("counterfact"), "train", 2).examples
+            expected = brute_force(Oracle(folder), prompter, examples, 0.1, heads)
+            assert profile["plain"] == pytest.approx(expected.pop(None), abs=1e-3)
+            best = sorted(expected, key=lambda head: -expected[head])
+            assert profile["ranking"] == [f"{layer}.{head}" for layer, head in best]
+            assert profile["scores"] == pytest.approx([expected[h] for h in best], abs=1e-3)
+    arguments = ("--examples", "2", "--generations", "1", "--json", "--methods")
+    rows = json.loads(command("eval", *arguments, "zero-shot,all,layer:3,heads.json").out)["rows"]
+    assert {row["method"]: row["heads"] for row in rows} == {
+        "zero-shot": 0, "all": 8, "layer:3": 4, "heads.json": 3,
+    }  # fmt: skip
+    assert len({json.dumps(row["metrics"]) for row in rows}) > 1  # else nothing was steered
+    refused = command("eval", *arguments, "layer:2", status=1).err
+    assert "layers are 1, 3 (the others have no attention heads)" in refused
 
 
 def test_interrupted_and_sharded(command, monkeypatch):

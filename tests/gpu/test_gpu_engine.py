@@ -30,6 +30,7 @@ ENGINES = {  # backend, whether Model Runner V2, model type
     "FlashAttention, V2": ("FLASH_ATTN", True, "llama"),
     "FlashInfer, V2": ("FLASHINFER", True, "llama"),
     "FlashAttention, V2, pipeline": ("FLASH_ATTN", True, "llama", "pipeline"),
+    "Triton, MLA, V2": ("TRITON_MLA", True, "deepseek_v3"),
 }
 EAGLE = "FLASH_ATTN"
 """The backend on which an EAGLE draft drafts, on V2; on the others the model itself does."""

@@ -315,6 +315,7 @@ def test_routes(server, heads_file):
         "layers": 30,
         "query_heads": 9,
         "attention_layers": attention_layers,
+        "query_heads_of_layers": {str(layer): 9 for layer in attention_layers},
     }
     assert known["default"]["count"] == 45
     assert known["head_sets"]["smollm2-135m-instruct"]["provenance"]["model"]

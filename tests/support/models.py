@@ -40,7 +40,7 @@ ATTENTION_KINDS = {  # model type -> what makes it unlike a Llama of two layers
                     "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
                     "query_pre_attn_scalar": 256},
     # Layers of two head sizes, so of two block sizes; the last two use the KV cache of others.
-    "gemma4_text": {"head_dim": 32, "global_head_dim": 64, "sliding_window": WINDOW,
+    "gemma4_text": {"head_dim": 256, "global_head_dim": 512, "sliding_window": WINDOW,
                     "num_hidden_layers": 6, "layer_types": _MIXED + _MIXED[:2],
                     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0,
                     "tie_word_embeddings": True},
@@ -68,6 +68,9 @@ HYBRIDS = {  # model type -> recurrences beside attention, and which layers have
     "nemotron_h": {"hybrid_override_pattern": "M*-*", "mamba_num_heads": 8, "mamba_head_dim": 32,
                    "ssm_state_size": 16, "n_groups": 1, "attention_head_dim": 32,
                    "time_step_min": 1e-6},  # transformers clamps time steps to it, vLLM does not
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "conv_bias": True,  # short convolutions
+             "conv_dim": 128, "block_dim": 128, "block_auto_adjust_ff_dim": False,
+             "tie_word_embeddings": True},
     "qwen3_5_text": {**_GATED_DELTA_NET, "partial_rotary_factor": 0.5},  # bf16 as the next
     "qwen3_next": {**_GATED_DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2,
                    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
@@ -100,6 +103,10 @@ _LATENT = {  # vLLM's CPU kernel knows no other ranks
         "beta_slow": 1,
     },
 }
+_MAMBA1 = {  # model type -> what vLLM has no operator for, on a CPU
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1,
+              "num_experts_per_tok": 1},
+}  # fmt: skip
 MLA = {  # model type -> multi-head latent attention
     "deepseek_v2": {**_LATENT, "q_lora_rank": None},
     "deepseek_v3": {**_LATENT, "q_lora_rank": 64},  # queries are compressed, too
@@ -110,7 +117,7 @@ LAST_NORMS = ("model.norm.weight", "transformer.ln_f.weight", "model.embedding_n
 
 
 def tiny_model(folder, model_type, dtype=torch.float32, **options):
-    """Saves a random model of 4 layers, one of ATTENTION_KINDS, HYBRIDS or MLA."""
+    """Saves a random model of 4 layers, one of ATTENTION_KINDS, HYBRIDS or MLA, or a Jamba."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type,
@@ -125,7 +132,7 @@ def tiny_model(folder, model_type, dtype=torch.float32, **options):
             "max_position_embeddings": 2048,
             "initializer_range": 0.15,
             "tie_word_embeddings": False,
-            **(ATTENTION_KINDS | HYBRIDS | MLA)[model_type],
+            **(ATTENTION_KINDS | HYBRIDS | MLA | _MAMBA1)[model_type],
             **options,
         },
     )
@@ -133,6 +140,8 @@ def tiny_model(folder, model_type, dtype=torch.float32, **options):
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter, 1.0)
+        if model_type == "gemma4_text" and name.endswith("q_norm.weight"):
+            torch.nn.init.constant_(parameter, 0.2)  # else heads of 512 attend to one key alone
         if config.tie_word_embeddings and name in LAST_NORMS:
             # Else the last token is repeated for ever. Gemma adds 1.
             torch.nn.init.normal_(parameter, -1.0 if model_type == "gemma2" else 0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from vllm_pasta.errors import HeadSetError, PastaError
 from vllm_pasta.request.head_sets import library
-from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
+from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet, ranges
 
 Head = tuple[int, int]
 """Layer and query head, both from 0 on."""
@@ -113,15 +113,26 @@ def parse(text: str, alpha: float | None, every: Sequence[Head]) -> Method:
         first, last = int(match[1]), int(match[2] or match[1])
         chosen = [head for head in every if first <= head[0] <= last]
         if not chosen or last > every[-1][0]:
-            raise PastaError(f"{text}: this model's layers are 0 to {every[-1][0]}")
+            raise PastaError(f"{text}: this model's layers are {_layers(every)}")
         return steer(text, chosen, factor)
     if re.fullmatch(r"head:\d+\.\d+", text):
         head = parse_head(text.removeprefix("head:"))
         if head not in every:
-            raise PastaError(f"{text}: this model's last head is {head_name(every[-1])}")
+            raise PastaError(
+                f"{text}: this model's last head is {head_name(every[-1])}, and its layers are "
+                f"{_layers(every)}"
+            )
         return steer(text, [head], factor)
     heads = load_heads(text, every)
     return Method(text, heads=heads, alpha=(heads.alpha or factor) if alpha is None else alpha)
+
+
+def _layers(every: Sequence[Head]) -> str:
+    """The layers that have heads, for people."""
+    layers = sorted({layer for layer, _ in every})
+    if layers[-1] == len(layers) - 1:
+        return f"0 to {layers[-1]}"
+    return f"{ranges(layers)} (the others have no attention heads)"
 
 
 def load_heads(text: str, every: Sequence[Head]) -> HeadSet:

@@ -79,11 +79,15 @@ async def head_sets(request: Request) -> dict[str, Any]:
     admission: Admission = request.app.state.pasta_admission
     config = admission.config
     assert config is not None  # the routes are loaded where VLLM_PLUGINS switches emphasis on
+    shape = admission.shape
     return {
         "model": {
-            "layers": admission.shape.num_layers,
-            "query_heads": admission.shape.num_heads,
-            "attention_layers": list(admission.shape.attention_layers),
+            "layers": shape.num_layers,
+            "query_heads": shape.num_heads,
+            "attention_layers": list(shape.attention_layers),
+            "query_heads_of_layers": {
+                str(layer): shape.heads_of(layer) for layer in shape.attention_layers
+            },
         },
         "default": config.heads and _describe(config, config.heads),
         "head_sets": {name: _describe(config, config.head_sets[name]) for name in admission.known},

@@ -15,7 +15,9 @@ export class Heads {
     this.known = known;
     this.changed = changed;
     this.layers = known.model.attention_layers;
-    this.count = known.model.query_heads;
+    this.count = known.model.query_heads; // the most, where layers differ
+    this.counts = known.model.query_heads_of_layers;
+    this.total = this.layers.reduce((sum, layer) => sum + this.counts[layer], 0);
     this.select = byId("heads");
     this.grid = byId("grid");
     this.select.onchange = () => this.#pick(this.select.value);
@@ -33,7 +35,7 @@ export class Heads {
     this.on = this.#cellsOf(heads);
     this.select.value = heads === null ? DEFAULT
       : typeof heads === "string" ? heads
-      : this.on.size === this.layers.length * this.count ? ALL : CHOSEN;
+      : this.on.size === this.total ? ALL : CHOSEN;
     this.#draw();
   }
 
@@ -60,7 +62,7 @@ export class Heads {
       option(DEFAULT, own ? `The server's default: ${own.name || "unnamed"}, ${own.count} heads`
         : "The server has no default: choose some", !own),
       ...Object.entries(sets).map(([name, set]) => option(name, `${name}, ${set.count} heads`)),
-      option(ALL, `All ${this.layers.length * this.count} heads`),
+      option(ALL, `All ${this.total} heads`),
       option(CHOSEN, "Chosen in the grid"),
     );
   }
@@ -84,7 +86,7 @@ export class Heads {
   #choose(on) {
     const heads = {};
     for (const layer of this.layers) {
-      const of = [...Array(this.count).keys()].filter((head) => on.has(`${layer}.${head}`));
+      const of = [...Array(this.counts[layer]).keys()].filter((head) => on.has(`${layer}.${head}`));
       if (of.length) heads[layer] = of;
     }
     this.set(heads);
@@ -93,7 +95,7 @@ export class Heads {
   }
 
   #row(layer) {
-    return [...Array(this.count).keys()].map((head) => `${layer}.${head}`);
+    return [...Array(this.counts[layer]).keys()].map((head) => `${layer}.${head}`);
   }
 
   #cellsOf(heads) {
@@ -102,7 +104,7 @@ export class Heads {
   }
 
   #cells() {
-    if (this.layers.length * this.count > MOST_CELLS) {
+    if (this.total > MOST_CELLS) {
       byId("grid-box").hidden = true;
       return;
     }
@@ -131,7 +133,7 @@ export class Heads {
     byId("scores").textContent = scores
       ? `The more colour, the more that head helps alone: ${scores.objective} on the task ${scores.task}.`
       : "This choice has no scores of single heads.";
-    byId("head-count").textContent = `${this.on.size} of ${this.layers.length * this.count}`;
+    byId("head-count").textContent = `${this.on.size} of ${this.total}`;
   }
 
   /** What each head does alone to its profile's first task, if the set was found by a profile. */
