@@ -8,10 +8,18 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tools import registry
+from tools import recipes, registry
 from vllm_pasta.integration.attach import PATCHES
 from vllm_pasta.integration.patching import Patch
-from vllm_pasta.integration.refusals import BACKEND, ENGINE, LAYER, LAYERS, MLA_LAYER, Refusal
+from vllm_pasta.integration.refusals import (
+    BACKEND,
+    ENGINE,
+    LAYER,
+    LAYERS,
+    MLA_LAYER,
+    RECURRENCE,
+    Refusal,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +42,7 @@ def refusals() -> str:
         )
 
     rows = [row(refusal, "") for refusal in (*ENGINE, *LAYERS)]
-    rows += [row(refusal, "a layer ") for refusal in (*BACKEND, *LAYER)]
+    rows += [row(refusal, "a layer ") for refusal in (*BACKEND, *LAYER, *RECURRENCE)]
     rows += [row(refusal, "an MLA layer ") for refusal in MLA_LAYER]
     return _table("| feature | with emphasis | on | test |", rows)
 
@@ -56,6 +64,7 @@ def targets() -> str:
 
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/models.md", "architectures"): registry.table,
+    ("docs/models.md", "reach"): recipes.reach,
     ("docs/features.md", "refusals"): refusals,
     ("patches/README.md", "targets"): targets,
 }

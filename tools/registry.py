@@ -156,6 +156,8 @@ def _verdict(name: str) -> Verdict:
         refusal = kinds_of_layers["mla-layer-kind" if is_latent else "layer-kind"]
         if not issubclass(layer, MambaBase) and refusal.holds(Layer(object.__new__(layer))):
             reasons.append(refusal.id)
+    if any(_gives_values_a_size(item) for item in _source(model_class)):
+        reasons.append(kinds_of_layers["layer-value-size"].id)
     return Verdict(
         reasons[0] if reasons else ACCEPTED,
         frozenset(layer.__name__ for layer in layers),
@@ -241,26 +243,45 @@ def _default_config(name: str) -> PreTrainedConfig | None:
 
 
 def _layer_classes(model_class: type) -> set[type]:
-    """The classes of attention layers that the source of a model refers to, directly or by the
-    functions and classes that it calls."""
+    """The classes of attention layers that the source of a model refers to."""
+    return {i for i in _source(model_class) if _is_layer(i) and not inspect.isabstract(i)}
+
+
+def _source(model_class: type) -> set[Any]:
+    """The classes and functions that the source of a model refers to, directly or by those that it
+    calls."""
     seen: set[Any] = set()
     todo: list[Any] = [model_class]
-    found: set[type] = set()
     while todo:
         item = todo.pop()
         if item in seen:
             continue
         seen.add(item)
-        is_layer = isinstance(item, type) and issubclass(item, AttentionLayerBase)
-        if is_layer and not inspect.isabstract(item):
-            found.add(item)
-        if item.__module__.startswith(_MODULES) and not (is_layer and _is_plain(item)):
+        if _is_of_models(item):
             todo += _references(item)
-    return found
+    return seen
 
 
-def _is_plain(layer: type) -> bool:
-    return layer.__module__.startswith("vllm.model_executor.layers.")
+def _is_layer(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, AttentionLayerBase)
+
+
+def _is_of_models(item: Any) -> bool:
+    is_plain = _is_layer(item) and item.__module__.startswith("vllm.model_executor.layers.")
+    return item.__module__.startswith(_MODULES) and not is_plain
+
+
+def _gives_values_a_size(item: Any) -> bool:
+    """Whether a class of a model builds attention with values of a size of their own."""
+    if not (isinstance(item, type) and _is_of_models(item)):
+        return False
+    functions = (f for value in vars(item).values() for f in _functions(value))
+    return any(
+        isinstance(names, tuple) and "head_size_v" in names
+        for function in functions
+        for code in _codes(function.__code__)
+        for names in code.co_consts  # the names of keyword arguments
+    )
 
 
 @functools.cache

@@ -233,6 +233,17 @@ def test_model_that_cannot_be_steered(reason, tmp_path, monkeypatch):
         support.check_engine(config)
 
 
+def test_recurrence_that_vllm_cannot_run(tmp_path):
+    """Mamba 1: plain vLLM starts, and ends with the first request."""
+    from conftest import start
+    from models import tiny_model
+
+    with pytest.raises(
+        UnsupportedError, match="is Mamba 1, for which vLLM has no operator on a CPU"
+    ):
+        start(tiny_model(tmp_path, "jamba"), skip_tokenizer_init=True)
+
+
 @pytest.mark.parametrize(
     ("reason", "options"),
     [

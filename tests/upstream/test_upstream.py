@@ -93,7 +93,7 @@ def test_refusals_are_shown():
     """Each refusal has an id of its own, and its test speaks of it: a text in the test's file
     matches its sentence."""
     refused = [*refusals.ENGINE, *refusals.LAYERS, *refusals.BACKEND, *refusals.LAYER]
-    refused += refusals.MLA_LAYER
+    refused += (*refusals.MLA_LAYER, *refusals.RECURRENCE)
     assert len({refusal.id for refusal in refused}) == len(refused)
     for refusal in refused:
         path, _, name = refusal.test.partition("::")

@@ -21,6 +21,7 @@ from vllm_pasta.integration.refusals import (
     LAYER,
     LAYERS,
     MLA_LAYER,
+    RECURRENCE,
     Engine,
     Layer,
     Layers,
@@ -58,16 +59,17 @@ def check_layers(vllm_config: "VllmConfig") -> None:
     Raises:
         UnsupportedError: lists the layers that have another.
     """
-    layers = {
+    every = {
         name: layer
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items()
-        # vLLM counts the layers of recurrences among those of attention: they too keep a state.
-        if not is_draft(layer) and not isinstance(layer, MambaBase)
+        if not is_draft(layer)
     }
+    # vLLM counts the layers of recurrences among those of attention: they too keep a state.
+    layers = {name: layer for name, layer in every.items() if not isinstance(layer, MambaBase)}
     _refuse(
         f"layer {name} {reason}"
-        for name, layer in layers.items()
-        for reason in _reasons(BACKEND, Layer(layer))
+        for name, layer in every.items()
+        for reason in _reasons(BACKEND if name in layers else RECURRENCE, Layer(layer))
     )
     shape = shape_of(vllm_config)
     start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)

@@ -4,10 +4,11 @@ What is not known to work is refused.
 """
 
 from vllm_pasta.integration.refusals.engine import ENGINE
-from vllm_pasta.integration.refusals.layer import BACKEND, LAYER, LAYERS
+from vllm_pasta.integration.refusals.layer import BACKEND, LAYER, LAYERS, RECURRENCE
 from vllm_pasta.integration.refusals.mla_layer import MLA_LAYER
 from vllm_pasta.integration.refusals.refusal import Engine, Layer, Layers, Refusal
 
 __all__ = [
-    "BACKEND", "ENGINE", "LAYER", "LAYERS", "MLA_LAYER", "Engine", "Layer", "Layers", "Refusal",
+    "BACKEND", "ENGINE", "LAYER", "LAYERS", "MLA_LAYER", "RECURRENCE",
+    "Engine", "Layer", "Layers", "Refusal",
 ]  # fmt: skip

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 
 from vllm_pasta.integration.refusals.gpu_engine import GPU_CACHE_DTYPES
 from vllm_pasta.integration.refusals.refusal import (
@@ -28,6 +30,20 @@ LAYERS = shown_by(
     ),
 )
 """Of all layers of a worker."""
+
+RECURRENCE = shown_by(
+    f"{ADMISSION_TESTS}test_recurrence_that_vllm_cannot_run",
+    (
+        "mamba-1",
+        "is Mamba 1, for which vLLM has no operator on a CPU: the first request would end the "
+        "engine, emphasised or not",
+        lambda e: (
+            isinstance(e.layer, MambaMixer) and not hasattr(torch.ops._C, "selective_scan_fwd")
+        ),
+    ),
+    device="cpu",
+)
+"""Of a layer that keeps a state instead of KV, and is not steered."""
 
 
 def _has_own_value_size(impl: Any) -> bool:
