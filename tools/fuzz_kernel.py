@@ -113,9 +113,9 @@ def main() -> int:
         and "LD_PRELOAD" in os.environ
         and FLAGS in os.environ.get("CXXFLAGS", "")
     ):
-        from vllm_pasta.kernels.cpu import launch
+        from vllm_pasta.kernels.cpu import build
 
-        print(f"with sanitizers: {launch.build()}", flush=True)
+        print(f"with sanitizers: {build.build()}", flush=True)
     return 1 if run(options.kernel, range(options.first, options.first + options.cases)) else 0
 
 

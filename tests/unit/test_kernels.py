@@ -28,7 +28,7 @@ from kernel_cases import (
 from vllm_pasta.errors import ConfigError
 from vllm_pasta.integration.frontend.routes import attention
 from vllm_pasta.kernels import reference
-from vllm_pasta.kernels.cpu import launch, select
+from vllm_pasta.kernels.cpu import build, launch, select
 from vllm_pasta.steering.plan import LayerAttention
 
 KERNELS = {"cpp": launch.steered_attention, "reference": reference.steered_attention}
@@ -520,27 +520,27 @@ def test_uncovered_format_falls_back_with_one_warning(monkeypatch, caplog):
 
 def test_builds_at_once(quick, monkeypatch):
     """Workers that start together: all compile, or one loads what another has half written."""
-    compiled, compile_kernel = [], launch._compile
-    monkeypatch.setattr(launch, "_compile", lambda *args: compiled.append(compile_kernel(*args)))
+    compiled, compile_kernel = [], build._compile
+    monkeypatch.setattr(build, "_compile", lambda *args: compiled.append(compile_kernel(*args)))
     with ThreadPoolExecutor(3) as pool:  # the lock is on the open file, so threads do as well
-        built = set(pool.map(lambda _: launch.build(), range(3)))
+        built = set(pool.map(lambda _: build.build(), range(3)))
     assert len(built) == len(compiled) == 1
     assert {file.name for file in built.pop().parent.iterdir()} == {"cpu.so", "cpu.sha256", "lock"}
 
 
 def test_damaged_kernel_is_built_again(quick, monkeypatch):
     """A process that crashes at every start, since a machine stopped while it wrote the kernel."""
-    built = launch.build()
+    built = build.build()
     whole = built.read_bytes()
     shutil.copytree(quick / "kernels", quick / "copy" / "kernels")
     monkeypatch.setenv("VLLM_PASTA_CACHE", str(quick / "copy"))
-    library = launch.build()
+    library = build.build()
     assert library.is_relative_to(quick / "copy")
     assert library.stat().st_mtime_ns == built.stat().st_mtime_ns  # a copy of it is as good
     library.write_bytes(whole[: len(whole) // 2])
     code = "from vllm_pasta.kernels.cpu import select; assert select.prepare() == 'cpp'"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert launch.build().read_bytes()[:100] == whole[:100]
+    assert build.build().read_bytes()[:100] == whole[:100]
     assert len(library.read_bytes()) == len(whole)
 
 
