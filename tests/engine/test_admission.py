@@ -233,6 +233,21 @@ def test_model_that_cannot_be_steered(reason, tmp_path, monkeypatch):
         support.check_engine(config)
 
 
+def test_hybrid_class_with_attention_alone(tmp_path):
+    """As Granite 4 Micro: nothing that hybrid models are refused for, and heads in all layers."""
+    from models import tiny_model
+    from vllm import EngineArgs
+
+    from vllm_pasta.integration import support
+
+    model = str(tiny_model(tmp_path, "granitemoehybrid", layer_types=["attention"] * 4))
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    args = EngineArgs(model, skip_tokenizer_init=True, speculative_config=ngram)
+    config = args.create_engine_config()
+    support.check_engine(config)
+    assert support.shape_of(config).attention_layers == (0, 1, 2, 3)
+
+
 def test_recurrence_that_vllm_cannot_run(tmp_path):
     """Mamba 1: plain vLLM starts, and ends with the first request."""
     from conftest import start
