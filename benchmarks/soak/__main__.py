@@ -3,10 +3,11 @@
     python -m benchmarks.soak --hours 2 --json soak.json --plot soak.png
 
 Requests of every way of marking, plain ones, some that must be refused, streams, clients that leave
-in mid-stream, n = 2, structured outputs and chats with growing history arrive at a changing rate. A
-small KV cache makes the prefix cache evict and requests be preempted. Sampled answers are judged by
-the oracle on transformers: every log-probability, and every greedy token. Ends with 1 if an answer
-is wrong, or a request did not end as it should. Traffic goes to this machine alone.
+in mid-stream, n = 2, a LoRA adapter, structured outputs and chats with growing history arrive at a
+changing rate. A small KV cache makes the prefix cache evict and requests be preempted. Sampled
+answers are judged by the oracle on transformers: every log-probability, and every greedy token.
+Ends with 1 if an answer is wrong, or a request did not end as it should. Traffic goes to this
+machine alone.
 """
 
 import argparse
@@ -28,18 +29,21 @@ import httpx
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.soak import report
+from benchmarks.soak.adapter import merge, write
 from benchmarks.soak.client import Client
 from benchmarks.soak.judge import Judge
 from benchmarks.soak.traffic import Size, Traffic
 from benchmarks.soak.watch import Watch
 from benchmarks.throughput import describe, say
+from vllm_pasta.verify.oracle import Oracle
 
 BLOCK = 32
+ADAPTER = "adapter"
 START_SECONDS = 600
 
 
 @contextmanager
-def server(options: argparse.Namespace, log: Path) -> Iterator[tuple[str, int]]:
+def server(options: argparse.Namespace, log: Path, adapter: Path) -> Iterator[tuple[str, int]]:
     """A server with few KV blocks. Yields its address and its process's number."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -51,6 +55,9 @@ def server(options: argparse.Namespace, log: Path) -> Iterator[tuple[str, int]]:
         "--dtype", options.dtype, "--enforce-eager", "--max-model-len", str(options.longest),
         "--block-size", str(BLOCK), "--num-gpu-blocks-override", str(options.kv_tokens // BLOCK),
         "--max-num-seqs", "16", "--gpu-memory-utilization", "0.05", "--max-logprobs", "1",
+        # Two slots for one adapter: vLLM 0.32 on a CPU runs requests without one in the last.
+        "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8",
+        "--lora-modules", f"{ADAPTER}={adapter}",
     ]  # fmt: skip
     env = {**os.environ, "VLLM_PLUGINS": "pasta", "VLLM_LOGGING_LEVEL": "WARNING"}
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -83,16 +90,19 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     size = Size(config.num_hidden_layers, config.num_attention_heads, options.longest)
     seconds = options.hours * 3600 if options.hours else options.minutes * 60
     with tempfile.TemporaryDirectory() as folder:
+        oracles = {name: Oracle(options.model) for name in ("m", ADAPTER)}
+        write(oracles[ADAPTER].model, Path(folder) / ADAPTER, options.seed)
+        merge(oracles[ADAPTER].model, Path(folder) / ADAPTER)
         say("starting the server …")
-        with server(options, Path(folder) / "log") as (url, pid):
+        with server(options, Path(folder) / "log", Path(folder) / ADAPTER) as (url, pid):
             known = httpx.get(f"{url}/v1/emphasis/head_sets", timeout=60).json()["head_sets"]
             sets = {
                 name: {int(layer): heads for layer, heads in described["heads"].items()}
                 for name, described in known.items()
             }
             tokenizer = AutoTokenizer.from_pretrained(options.model)
-            traffic = Traffic(tokenizer, size, sets, options.seed)
-            judge = Judge(options.model, options.judge, options.seed)
+            traffic = Traffic(tokenizer, size, sets, options.seed, tuple(oracles))
+            judge = Judge(oracles, options.judge, options.seed)
             watch = Watch(url, pid, every=max(1.0, seconds / 200))
             client = Client(
                 url, traffic, options.rate, seconds, options.requests, judge.put, options.seed

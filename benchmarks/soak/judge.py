@@ -3,7 +3,7 @@
 import queue
 import random
 import threading
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
@@ -23,14 +23,14 @@ class Judge:
     """Judges a sample of the answers that it is given.
 
     Args:
-        model: The served model's folder.
+        oracles: By the name that requests give: of the model, and of each adapter's merged weights.
         share: Which part of the answers is judged; fewer where the oracle does not keep up.
         seed: Of the sample.
     """
 
-    def __init__(self, model: Path, share: float, seed: int) -> None:
+    def __init__(self, oracles: Mapping[str, Oracle], share: float, seed: int) -> None:
         torch.set_num_threads(1)  # two would wait for each other beside the server's
-        self._oracle = Oracle(model, torch.float32)
+        self._oracles = oracles
         self._share, self._rng = share, random.Random(seed)
         self._queue: queue.Queue[Answer | None] = queue.Queue(WAITING)
         self.judged = self.judged_steered = self.tokens = self.too_many = 0
@@ -94,4 +94,5 @@ class Judge:
     def _rows(self, answer: Answer, steering: Steering | None) -> torch.Tensor:
         """The oracle's log-probabilities for each token of the answer: float32 [tokens, vocab]."""
         ids = answer.ask.ids + answer.tokens[:-1]
-        return self._oracle.prompt_logprobs(ids, steering)[len(answer.ask.ids) - 1 :]
+        oracle = self._oracles[answer.ask.body["model"]]
+        return oracle.prompt_logprobs(ids, steering)[len(answer.ask.ids) - 1 :]

@@ -6,7 +6,7 @@ where they lie, so that a mark that the plugin finds elsewhere shows as a wrong 
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class Traffic:
         size: The served model's.
         sets: Head sets that the server knows, by name, as ``{layer: [heads]}``.
         seed: Another one gives other requests.
+        models: Names that the server answers to: the model's first, then its adapters'.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Traffic:
         size: Size,
         sets: dict[str, dict[int, list[int]]],
         seed: int,
+        models: Sequence[str] = ("m",),
     ) -> None:
+        self._models = tuple(models)
         self._tokenizer, self._size, self._sets = tokenizer, size, sets
         self._rng = random.Random(seed)
         self._openings = [self._words(40) for _ in range(6)]
@@ -182,7 +185,7 @@ class Traffic:
             steering = Steering(spans, prompt_len=len(ids), **strength)
         room = self._size.longest - len(ids)
         body = {
-            "model": "m",
+            "model": self._rng.choices(self._models, (6, *[1] * (len(self._models) - 1)))[0],
             "max_tokens": max(1, min(room, rng.choice((1, 4, 8, 16, 32)))),
             "temperature": 0,
             "ignore_eos": True,
@@ -190,6 +193,8 @@ class Traffic:
             "logprobs": True if is_chat else 0,
             **body,
         }
+        if body["model"] != self._models[0]:
+            kind = f"{kind}, LoRA"
         leaves_after = choices = None
         extra = rng.random()
         if extra < 0.25:

@@ -42,7 +42,7 @@ def answers(tiny_oracle):
     """The oracle's own answer to one prompt, steered and not."""
     ids = list(range(40, 90))
     steering = Steering([(5, 12)], {1: [0, 1], 2: [3]}, 0.01, len(ids))
-    body = {"max_tokens": 6, "temperature": 0}
+    body = {"model": "m", "max_tokens": 6, "temperature": 0}
     made = {}
     for name, how in (("steered", steering), ("plain", None)):
         tokens, rows = tiny_oracle.generate(ids, 6, how)
@@ -57,9 +57,9 @@ def answers(tiny_oracle):
 
 @pytest.mark.parametrize("asked", ["steered", "plain"])
 @pytest.mark.parametrize("given", ["steered", "plain"])
-def test_the_judge_sees_a_leak(asked, given, answers, tiny):
+def test_the_judge_sees_a_leak(asked, given, answers, tiny_oracle):
     """The plain answer to a steered request is wrong, and the other way round."""
-    judge = Judge(tiny, share=1.0, seed=0)
+    judge = Judge({"m": tiny_oracle}, share=1.0, seed=0)
     judge.put(answers[asked, given])
     judge.close()
     assert (len(judge.wrong), judge.judged) == (int(asked != given), 1)
