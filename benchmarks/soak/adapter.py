@@ -21,7 +21,7 @@ def write(model: nn.Module, folder: Path, seed: int) -> None:
     for name, module in _targets(model).items():
         rows, columns = module.weight.shape
         a = torch.randn(RANK, columns, generator=generator) / columns**0.5
-        b = torch.randn(rows, RANK, generator=generator) * SCALE * float(module.weight.std())
+        b = torch.randn(rows, RANK, generator=generator) * SCALE * float(module.weight.data.std())
         weights[f"base_model.model.{name}.lora_A.weight"] = a
         weights[f"base_model.model.{name}.lora_B.weight"] = b
     folder.mkdir(parents=True)
