@@ -6,6 +6,7 @@ calls another host, keeps the API key, or cannot be used from the keyboard or on
 
 import ast
 import base64
+import io
 import json
 import os
 import re
@@ -18,11 +19,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import torch
+from last_row import last_row
+from PIL import Image
 from servers import SERVE, VLLM, http, running
-from transformers import AttentionInterface
 
-from vllm_pasta.verify import oracle
 from vllm_pasta.verify.oracle import Steering
 
 KEY = "not-to-be-kept"
@@ -34,7 +34,7 @@ PROMPT = (
 FACT = "Hermann Staudinger was a citizen of Brazil"
 QUESTION = "Name a colour. Answer in JSON."
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-SCREENSHOT = Path(__file__).parents[2] / "docs" / "playground.png"
+PICTURES = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +134,15 @@ def emphasised(page):
     return "".join(page.locator("mark.token").all_text_contents())
 
 
-def drag(page, words):
-    """Selects these words of the only text with the mouse, as they stand on the screen."""
+def drag(page, words, after=""):
+    """Selects these words of the only text with the mouse, as they stand on the screen.
+
+    The first that stand there, or the first after these.
+    """
     ends = page.evaluate(
-        """words => {
+        """([words, after]) => {
           const copy = document.querySelector(".copy");
-          const start = copy.textContent.indexOf(words);
+          const start = copy.textContent.indexOf(after + words) + after.length;
           const at = (position) => {
             const walk = document.createTreeWalker(copy, NodeFilter.SHOW_TEXT);
             for (let node; (node = walk.nextNode()); position -= node.length) {
@@ -152,7 +155,7 @@ def drag(page, words):
           };
           return [at(start), at(start + words.length)];
         }""",
-        words,
+        [words, after],
     )
     page.mouse.move(*ends[0])
     page.mouse.down()
@@ -462,27 +465,6 @@ def smollm2_ids(path, text):
     return AutoTokenizer.from_pretrained(path)(text).input_ids
 
 
-def last_row(of, ids, steering):
-    """What the prompt's last token attends to on the oracle: by layer, ``[heads, tokens]``."""
-    seen = {}
-
-    def attention(module, query, key, value, mask, scaling, **options):
-        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        logits = query[:, :, -1:] @ keys.transpose(2, 3) * scaling
-        oracle._add_bias(logits, module.layer_idx, torch.tensor([key.shape[2] - 1]))
-        oracle._reach_share(logits, module.layer_idx)
-        seen[module.layer_idx] = logits.softmax(-1)[0, :, 0]
-        return oracle._attention(module, query, key, value, mask, scaling, **options)
-
-    AttentionInterface.register("last_row", attention)
-    of.model.set_attn_implementation("last_row")
-    try:
-        of.prompt_logprobs(ids, steering)
-    finally:
-        of.model.set_attn_implementation("pasta_oracle")
-    return seen
-
-
 def test_look_inside(visit):
     page = visit(raw(PROMPT, FACT))
     page.click("#look")
@@ -534,6 +516,47 @@ def test_picture(visit, tmp_path):
     page.click("#look")
     page.wait_for_selector("#inside:visible")
     page.evaluate("document.activeElement.blur()")
-    path = SCREENSHOT if os.environ.get("SCREENSHOT") else tmp_path / "playground.png"
+    path = pictures(tmp_path) / "playground.png"
     page.screenshot(path=path)
     assert path.stat().st_size < 200_000
+
+
+def test_film(visit, tmp_path):
+    """The moving picture of docs/playground.md: words are marked, both answers stream, and where
+    the attention goes. SCREENSHOT=1 writes it anew."""
+    page = visit(raw(maxTokens=10))
+    page.set_viewport_size({"width": 1000, "height": 760})
+    frames, seconds = [], []
+
+    def show(for_seconds):
+        frames.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+        seconds.append(for_seconds)
+
+    show(1.5)
+    for words in ("Hermann", "Hermann Staudinger was", FACT):
+        drag(page, words, after="Currently, ")
+        show(0.4)
+    page.click("#mark")
+    page.wait_for_selector("mark.token")
+    show(2)
+    page.click("#run")
+    while not page.locator("#runs .run").count() and len(frames) < 60:
+        show(0.25)
+    show(4)
+    assert answer(page, "plain") != answer(page, "emphasised")
+    page.click("#look")
+    page.wait_for_selector("#inside:visible")
+    page.locator("#inside").scroll_into_view_if_needed()
+    show(5)
+    path = pictures(tmp_path) / "playground.webp"
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=[int(1000 * s) for s in seconds],
+        loop=0, quality=60, method=6,
+    )  # fmt: skip
+    assert path.stat().st_size < 500_000
+    assert 12 < sum(seconds) < 30
+
+
+def pictures(otherwise):
+    """The folder of the pictures: that of the documents where they are to be written anew."""
+    return PICTURES if os.environ.get("SCREENSHOT") else otherwise

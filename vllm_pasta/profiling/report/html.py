@@ -44,6 +44,15 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """A prompt in pieces, each with a number, and how dark it is drawn: from 0 to 1."""
+
+    title: str
+    pieces: Sequence[tuple[str, float, float]]
+    kind: str = "heat"
+
+
+@dataclass(frozen=True)
 class Asked:
     """One prompt with its mark, and the answer of each method by the method's name."""
 
@@ -69,7 +78,7 @@ class Lines:
     kind: str = "lines"
 
 
-Part = Table | Figure | Prompt | Answers | Lines
+Part = Table | Figure | Prompt | Heat | Answers | Lines
 
 
 def write(path: Path, title: str, intro: str, parts: Sequence[Part]) -> None:

@@ -1,4 +1,5 @@
-"""Where a prompt's attention goes, plain and emphasised: `POST /v1/emphasis/attention`.
+"""Where a prompt's attention goes, plain and emphasised: for `POST /v1/emphasis/attention`, and
+for ``vllm-pasta explain --attention``.
 
 The front end has no weights, so it asks the engine: it runs the prompt twice as requests of its
 own, each for one token, and has the workers keep what the prompt's last row attends to in each
@@ -7,7 +8,7 @@ answer comes from. Both requests are scheduled, batched and preempted as any oth
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,24 +43,68 @@ def check(vllm_config: Any) -> None:
             raise EmphasisError(f"this engine's attention cannot be looked into: {why}", field=KEY)
 
 
-async def look(
-    engine: Any, resolution: Resolution | None, at: tuple[int, int] | None
-) -> dict[str, Any]:
+At = tuple[int, int] | None
+"""Layer and head whose weights are told token by token; None means the steered head that attends
+to the marks by how much more."""
+
+
+async def look(engine: Any, resolution: Resolution | None, at: At) -> dict[str, Any]:
     """Runs the prompt plain and emphasised, and compares what its last row attends to.
 
     Args:
         engine: vLLM's ``EngineClient``.
         resolution: The request's.
-        at: Layer and head whose weights are told token by token; None means the steered head
-            that attends to the marks by how much more.
+        at: See `At`.
 
     Returns:
-        ``heads``: for each steered head the share of its attention that is on the marks;
-        ``layer``, ``head`` and ``map``: the weights of that head, one for each token of the prompt.
+        See `_compared`.
 
     Raises:
         EmphasisError: nothing is emphasised, the prompt is too long, or there is no such head.
     """
+    told = []
+    for prompt, params, name in _requests(engine.vllm_config, resolution):
+        async for _ in engine.generate(prompt, params, name):
+            pass
+        told.append(await engine.collective_rpc("pasta_attention", args=(name,)))
+    assert resolution is not None
+    return _compared(resolution.emphasis, told[0], told[1], at)
+
+
+def look_offline(llm: Any, emphasis: Mapping[str, Any], ids: list[int], at: At) -> dict[str, Any]:
+    """The same for ``vllm.LLM``, started with `WATCHER` as its ``worker_extension_cls``.
+
+    Args:
+        llm: The engine, with emphasis switched on.
+        emphasis: As in a request.
+        ids: The prompt's token ids.
+        at: See `At`.
+
+    Returns:
+        See `_compared`; and ``alpha`` or ``share``, whichever is in force, with who gives it.
+
+    Raises:
+        EmphasisError: as `look`, and where the engine would refuse the request.
+    """
+    admission = llm.llm_engine.input_processor.pasta_admission
+    prompt = {"type": "token", "prompt_token_ids": ids}
+    resolution = admission.resolve(SamplingParams(), {KEY: emphasis}, prompt)
+    told = []
+    for prompt, params, name in _requests(llm.llm_engine.vllm_config, resolution):
+        llm.generate(prompt, params, use_tqdm=False)
+        told.append(llm.collective_rpc("pasta_attention", args=(name,)))
+    which = "alpha" if resolution.emphasis.share is None else "share"
+    return {
+        which: getattr(resolution.emphasis, which),
+        f"{which}_from": resolution.strength_from,
+        **_compared(resolution.emphasis, told[0], told[1], at),
+    }
+
+
+def _requests(
+    vllm_config: Any, resolution: Resolution | None
+) -> list[tuple[TokensPrompt, SamplingParams, str]]:
+    """The two that are watched, plain and emphasised: each with its name."""
     if resolution is None or resolution.emphasis.is_plain or not resolution.emphasis.heads.layers:
         raise EmphasisError("nothing is emphasised, so there is nothing to compare", field=KEY)
     emphasis = resolution.emphasis
@@ -69,14 +114,45 @@ async def look(
             f"{emphasis.prompt_len}",
             field=KEY,
         )
-    check(engine.vllm_config)
+    check(vllm_config)
     ids = resolution.token_ids
     # The first token "emphasised" in no head: it steers nothing, and is watched all the same.
     plain = ResolvedEmphasis(((0, 1),), 1.0, HeadSet(()), len(ids))
-    runs = {
-        "plain": await _watch(engine, ids, plain),
-        "emphasised": steered(await _watch(engine, ids, emphasis), emphasis),
-    }
+    result = []
+    for one in (plain, emphasis):
+        name = f"pasta-{uuid.uuid4()}"
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            extra_args={WIRE_KEY: Admitted({**one.to_wire(), "watch": name})},
+        )
+        result.append((TokensPrompt(prompt_token_ids=ids), params, name))
+    return result
+
+
+Told = Sequence[Sequence[tuple[int, int, bytes]]]
+"""What `AttentionWatcher.pasta_attention` hands out, of each rank."""
+
+
+def _compared(emphasis: ResolvedEmphasis, plain: Told, emphasised: Told, at: At) -> dict[str, Any]:
+    """What the last row attends to, plain and emphasised.
+
+    Args:
+        emphasis: What steers.
+        plain: What the plain request attended to.
+        emphasised: The same of the other; each layer as if it were not steered (those before it
+            are).
+        at: See `At`.
+
+    Returns:
+        ``heads``: for each steered head the share of its attention that is on the marks;
+        ``layer``, ``head`` and ``map``: the weights of that head, one for each token of the prompt.
+
+    Raises:
+        EmphasisError: there is no such head, or nothing was seen.
+    """
+    runs = {"plain": _weights(plain), "emphasised": steered(_weights(emphasised), emphasis)}
     marks = _is_marked(emphasis)
     heads: list[dict[str, Any]] = [
         {
@@ -105,19 +181,8 @@ async def look(
     }
 
 
-async def _watch(engine: Any, ids: list[int], emphasis: ResolvedEmphasis) -> dict[int, np.ndarray]:
-    """Runs a prompt; by layer, float32 ``[heads, prompt_len]``: what its last row attends to, as if
-    this layer were not steered (those before it are)."""
-    name = f"pasta-{uuid.uuid4()}"
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=0,
-        detokenize=False,
-        extra_args={WIRE_KEY: Admitted({**emphasis.to_wire(), "watch": name})},
-    )
-    async for _ in engine.generate(TokensPrompt(prompt_token_ids=ids), params, name):
-        pass
-    told = await engine.collective_rpc("pasta_attention", args=(name,))
+def _weights(told: Told) -> dict[int, np.ndarray]:
+    """By layer, float32 ``[heads, prompt_len]``: what a prompt's last row attended to."""
     parts: dict[int, list[np.ndarray]] = {}
     for rank in told:  # of one layer, those of lower ranks have the first heads
         for layer, count, data in rank:
