@@ -9,6 +9,7 @@ from html import unescape
 
 import pytest
 from last_row import last_row
+from transformers import AutoTokenizer
 
 from vllm_pasta.cli import main
 from vllm_pasta.verify.oracle import Steering
@@ -38,7 +39,7 @@ def test_attention(tiny, tiny_oracle, tmp_path):
     seen = told["attention"]
     assert (seen["alpha"], seen["alpha_from"]) == (0.05, "request")
     assert (seen["layer"], seen["head"]) == (2, 2)
-    ids = list(PROMPT.encode())
+    ids = AutoTokenizer.from_pretrained(tiny)(PROMPT).input_ids
     assert told["prompt_tokens"] == len(ids)
     steering = Steering([(start, end)], HEADS, 0.05, len(ids))
     for kind, how in (("plain", None), ("emphasised", steering)):

@@ -10,10 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from last_row import last_row
 from models import MLA, random_ids, tiny_model
 from test_exact import LOGPROB_TOLERANCE, Case, check, run
 
 from vllm_pasta.errors import UnsupportedError
+from vllm_pasta.integration.frontend.flags import WATCHER
+from vllm_pasta.integration.frontend.routes.attention import look_offline
 from vllm_pasta.verify.oracle import Oracle
 
 SHORT, LONG, OTHER = random_ids(24, 1), random_ids(200, 3), random_ids(140, 4)
@@ -56,6 +59,7 @@ def start_mla(folder, dtype="float32", **options):
 
     if dtype == "float32":  # else vLLM takes the AMX backend where there is AMX, which is of bf16
         options["attention_config"] = {"backend": "CPU_MLA"}
+    options.setdefault("worker_extension_cls", WATCHER)
     return start(folder, dtype=dtype, skip_tokenizer_init=True, max_num_seqs=4, **options)
 
 
@@ -82,6 +86,19 @@ def test_mixed_batch(model):
     """Steered and plain, prompts and decoding, more requests than the batch holds."""
     llm, oracle, _ = model
     check_all(llm, oracle)
+
+
+def test_attention(model):
+    """What a prompt's last token attends to, plain and emphasised, as the oracle has it."""
+    llm, oracle, _ = model
+    case = CASES["heads differ by layer"]
+    spans = [list(span) for span in case.spans]
+    emphasis = {"spans": spans, "heads": case.heads, "alpha": case.alpha}
+    seen = look_offline(llm, emphasis, case.prompt, (3, 2))
+    for kind, steering in (("plain", None), ("emphasised", case.steering)):
+        weights = last_row(oracle, case.prompt, steering)
+        assert seen["map"][kind] == pytest.approx(weights[3][2].tolist(), abs=1e-5)
+    assert seen["map"]["plain"] != pytest.approx(seen["map"]["emphasised"], abs=1e-3)
 
 
 def test_layer_that_cannot_be_steered(model):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import drafts
 import pytest
+from last_row import last_row
 from models import MLA, tiny_llama, tiny_model
 
 from vllm_pasta.verify.oracle import Oracle, Steering
@@ -42,6 +43,7 @@ class Run:
     is_v2: bool
     report: dict
     expected: list  # tokens of each of `gpu_job.CASES`, by the oracle
+    looks: dict  # what the last token of `gpu_job.LONG` attends to, plain and emphasised, by it
 
 
 # V2, windows and soft caps are each in a quicker test: the next two, the first, and test_triton.
@@ -83,23 +85,28 @@ def run(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     report = json.loads(lines[0].removeprefix("REPORT "))
-    return Run(backend, is_v2, report, expected(model))
+    return Run(backend, is_v2, report, *expected(model))
 
 
 def expected(model):
-    from gpu_job import CASES
+    from gpu_job import CASES, LONG, WATCHED
 
     oracle = Oracle(model)
-    tokens = []
-    for ids, n, emphasis in CASES:
-        steering = emphasis and Steering(
-            emphasis["spans"],
-            {int(layer): heads for layer, heads in emphasis["heads"].items()},
-            emphasis.get("alpha", 0.01),
-            len(ids),
-        )
-        tokens.append(oracle.generate(ids, n, steering)[0])
-    return tokens
+    tokens = [oracle.generate(ids, n, steering(emphasis, ids))[0] for ids, n, emphasis in CASES]
+    looks = {
+        "plain": last_row(oracle, LONG, None),
+        "emphasised": last_row(oracle, LONG, steering(WATCHED, LONG)),
+    }
+    return tokens, looks
+
+
+def steering(emphasis, ids):
+    return emphasis and Steering(
+        emphasis["spans"],
+        {int(layer): heads for layer, heads in emphasis["heads"].items()},
+        emphasis.get("alpha", 0.01),
+        len(ids),
+    )
 
 
 def test_equals_the_oracle(run):
@@ -131,6 +138,20 @@ def test_sleep(run):
     assert caches == ["kv_cache"]
     assert own == ["runtime"]
     assert run.report["slept"] == [run.expected[:3]] * 2
+
+
+def test_attention(run):
+    """What a prompt's last token attends to, plain and emphasised, as the oracle has it."""
+    from gpu_job import WATCHED
+
+    seen = run.report["seen"]
+    marked = [i for start, end in WATCHED["spans"] for i in range(start, end)]
+    for kind, weights in run.looks.items():
+        assert seen["map"][kind] == pytest.approx(weights[1][3].tolist(), abs=1e-5)
+        for of in seen["heads"]:
+            mass = float(weights[of["layer"]][of["head"]][marked].sum())
+            assert of[kind] == pytest.approx(mass, abs=1e-5), of
+    assert len(seen["heads"]) == 3
 
 
 def test_log_sum_exp(run):

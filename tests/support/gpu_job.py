@@ -5,9 +5,10 @@ and FlashInfer do not run here: what they compute is written anew in torch (`gpu
 these backends it is vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
 V2: the model itself, or an EAGLE draft), or in two pipeline stages, each a process of its own; and
-after the engine has slept. In a process of its own, since Triton is to be found before vllm is
-imported. Told otherwise than they are: that Triton has a backend for CPUs, what a GPU can do, that
-this is one when `support` asks, and what allocates (`sleeping`).
+after the engine has slept; and what the last token of a prompt attends to. In a process of its own,
+since Triton is to be found before vllm is imported. Told otherwise than they are: that Triton has a
+backend for CPUs, what a GPU can do, that this is one when `support` asks, and what allocates
+(`sleeping`).
 """
 # ruff: noqa: E402
 
@@ -35,6 +36,7 @@ import sleeping
 from gpu_stand_ins import LSE_CALLS, STAND_INS
 from models import random_ids
 
+WATCHED = {"spans": [[10, 20], [55, 57]], "heads": {"0": [2], "1": [0, 3]}, "alpha": 0.1}
 SHORT, LONG = random_ids(20, 1), random_ids(60, 2)
 ALL_HEADS = {str(layer): [0, 1, 2, 3] for layer in range(2)}
 CASES = [  # prompt, new tokens, emphasis
@@ -91,6 +93,9 @@ def pools(worker, allocator):
 def main(model, backend, other=None):
     from vllm import LLM, SamplingParams
 
+    from vllm_pasta.integration.frontend.flags import WATCHER
+    from vllm_pasta.integration.frontend.routes.attention import look_offline
+
     pretend(backend)
     allocator = sleeping.lend()
     options = {}
@@ -116,6 +121,7 @@ def main(model, backend, other=None):
             max_num_batched_tokens=48,  # long prompts are cut
             speculative_config=speculative,
             additional_config={"pasta": {}},
+            worker_extension_cls=WATCHER,
             **options,
         )
 
@@ -142,6 +148,7 @@ def main(model, backend, other=None):
         "again": run(llm, CASES[:3]),  # with prefix hits, and slots that others had
     }
     report["asked"] = len(LSE_CALLS)
+    report["seen"] = look_offline(llm, WATCHED, LONG, (1, 3))
     if other != "pipeline":
         report["pools"] = llm.collective_rpc(pools, args=(allocator,))[0]
         report["slept"] = []

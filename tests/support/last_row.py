@@ -11,11 +11,13 @@ def last_row(of, ids, steering):
     seen = {}
 
     def attention(module, query, key, value, mask, scaling, **options):
-        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        logits = query[:, :, -1:] @ keys.transpose(2, 3) * scaling
-        oracle._add_bias(logits, module.layer_idx, torch.tensor([key.shape[2] - 1]))
-        oracle._reach_share(logits, module.layer_idx)
-        seen[module.layer_idx] = logits.softmax(-1)[0, :, 0]
+        count = key.shape[2]
+        unit = torch.eye(count).expand(
+            1, key.shape[1], count, count
+        )  # values: the weights come out
+        last = query[:, :, -1:]
+        weights, _ = oracle._attention(module, last, key, unit, mask, scaling, **options)
+        seen[module.layer_idx] = weights[0, 0]
         return oracle._attention(module, query, key, value, mask, scaling, **options)
 
     AttentionInterface.register("last_row", attention)

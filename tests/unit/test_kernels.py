@@ -304,10 +304,12 @@ def test_weights_of_a_prompts_last_row(name):
         if not r.spans:
             continue
         last = case.starts[i + 1] - 1
-        plain = reference.row_weights(
-            case.query[last], case.kv_cache, case.block_table[i], r.seq_len, case.attention,
-            case.layout,
+        start = max(0, r.seq_len - (case.attention.window or r.seq_len))
+        keys, _ = reference.gather_kv(
+            case.kv_cache, case.block_table[i], start, r.seq_len,
+            torch.arange(case.kv_cache.shape[1]), case.layout,
         )  # fmt: skip
+        plain = reference.row_weights(case.query[last], keys, start, case.attention)
         assert plain.shape == (case.num_heads, r.seq_len + ("sinks" in case.kind))
         weights = {False: {LAYER: plain.numpy()}}
         if r.prompt_len in (None, r.seq_len) and r.spans[0][0] < r.seq_len:

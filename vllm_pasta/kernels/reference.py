@@ -126,41 +126,49 @@ def gather_kv(
     return k[:, tokens], v[:, tokens]
 
 
+def gather_keys(
+    cache: torch.Tensor, block_table: torch.Tensor, start: int, end: int
+) -> torch.Tensor:
+    """Reads one request's keys out of a paged cache whose blocks hold a row for each token.
+
+    Args:
+        cache: ``[num_blocks, num_kv_heads, block_size, size]``, in any strides.
+        block_table: int32 ``[max_blocks]``, on the same device.
+        start: First token to read; blocks before its own are not touched.
+        end: Where to stop reading.
+
+    Returns:
+        float32 ``[num_kv_heads, end - start, size]``.
+    """
+    block_size = cache.shape[2]
+    first = start // block_size
+    blocks = cache[block_table[first : -(-end // block_size)].long()].float()
+    rows = blocks.transpose(0, 1).flatten(1, 2)
+    return rows[:, start - first * block_size : end - first * block_size]
+
+
 def row_weights(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_len: int,
-    attention: LayerAttention,
-    layout: str,
+    query: torch.Tensor, keys: torch.Tensor, start: int, attention: LayerAttention
 ) -> torch.Tensor:
     """What one query row attends to, in every head, without steering.
 
     Args:
-        query: ``[num_heads, head_size]``: of the last of the ``seq_len`` tokens.
-        kv_cache: As for `steered_attention`.
-        block_table: int32 ``[max_blocks]``.
-        seq_len: Number of keys.
+        query: ``[num_heads, size]``: of the last token.
+        keys: float32 ``[num_kv_heads, n, size]``: of that token and those before it.
+        start: How many tokens before those the row does not see: their weights are 0.
         attention: What the layer computes.
-        layout: As for `gather_kv`.
 
     Returns:
-        float32 ``[num_heads, seq_len]``, whose rows add up to 1. With attention sinks
-        ``[num_heads, seq_len + 1]``: the sink's weight comes last.
+        float32 ``[num_heads, start + n]``, whose rows add up to 1. With attention sinks
+        ``[num_heads, start + n + 1]``: the sink's weight comes last.
     """
-    num_kv_heads = kv_cache.shape[1]
-    start = max(0, seq_len - (attention.window or seq_len))
-    kv_heads = torch.arange(num_kv_heads)
-    keys, _ = gather_kv(kv_cache, block_table, start, seq_len, kv_heads, layout)
-    grouped = query.float().view(num_kv_heads, -1, query.shape[1])
+    grouped = query.float().view(len(keys), -1, query.shape[1])
     logits = (grouped @ keys.transpose(1, 2) * attention.scale).flatten(0, 1)
     if attention.soft_cap is not None:
         logits = (logits / attention.soft_cap).tanh() * attention.soft_cap
     if attention.alibi_slopes is not None:
-        distance = torch.arange(start, seq_len) - (seq_len - 1)
+        distance = torch.arange(1 - keys.shape[1], 1, device=keys.device)
         logits += attention.alibi_slopes[:, None] * distance
     if attention.sinks is not None:
         logits = torch.cat([logits, attention.sinks[:, None].float()], dim=-1)
-    weights = torch.zeros(len(query), start + logits.shape[1])
-    weights[:, start:] = logits.softmax(dim=-1)
-    return weights
+    return torch.nn.functional.pad(logits.softmax(dim=-1), (start, 0))

@@ -4,6 +4,7 @@ Registered in place of ``CPU_ATTN``: the CPU platform of stock vLLM takes no cus
 one does (see ``patches/``), it is registered as ``CUSTOM``.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl,
 from vllm_pasta.integration.worker.rows import EmphasisRows
 from vllm_pasta.integration.worker.watch import WatchedRow
 from vllm_pasta.kernels.cpu.select import prepare, steered_attention
+from vllm_pasta.kernels.reference import gather_kv
 from vllm_pasta.steering.plan import StepPlan
 
 
@@ -30,7 +32,7 @@ class CPUSteeringBuilder(SteeringBuilder):
         metadata.watched = None
         if static is None:
             return None
-        metadata.watched = WatchedRow.of(rows, metadata)
+        metadata.watched = WatchedRow.of(rows, metadata, metadata.block_table)
         return StepPlan.build(
             static, metadata.query_start_loc, metadata.seq_lens, metadata.block_table
         )
@@ -64,8 +66,17 @@ class CPUSteeringImpl(SteeringImpl):
                 query, kv_cache, output, plan, heads, self.attention, layer.isa, whole
             )
         if self.layer_index is not None and attn_metadata is not None and attn_metadata.watched:
-            attn_metadata.watched.see(self.layer_index, query, kv_cache, self.attention, layer.isa)
+            row: WatchedRow = attn_metadata.watched
+            read = partial(_keys, kv_cache, layer.isa)
+            row.see(self.layer_index, query[row.index], self.attention, read)
         return output
+
+
+def _keys(
+    kv_cache: torch.Tensor, layout: str, block_table: torch.Tensor, start: int, end: int
+) -> torch.Tensor:
+    heads = torch.arange(kv_cache.shape[1])
+    return gather_kv(kv_cache, block_table, start, end, heads, layout)[0]
 
 
 SteeredCPUAttentionBackend = steer(CPUAttentionBackend, CPUSteeringBuilder, CPUSteeringImpl)

@@ -11,6 +11,7 @@ own persistent tensors, and what is captured is always launched.
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from vllm_pasta.integration.registry import GPU_BACKENDS
 from vllm_pasta.integration.worker import lse
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steered_backend
 from vllm_pasta.integration.worker.rows import EmphasisRows
+from vllm_pasta.integration.worker.watch import WatchedRow
 from vllm_pasta.kernels.gpu.launch import Batch, Workspace, steered_attention, warm_up
+from vllm_pasta.kernels.reference import gather_keys
 from vllm_pasta.steering.slots import SteeringBuffers
 
 FP8 = {
@@ -44,6 +47,7 @@ class Steering:
         num_tokens: Of the step; rows from there on are padding.
         must_launch: Whether kernels are launched though nothing is steered: for a graph.
         is_steered: Whether any request of the step is.
+        watched: The row of this step whose weights are asked for; nearly always None.
     """
 
     buffers: SteeringBuffers
@@ -52,6 +56,7 @@ class Steering:
     num_tokens: int
     is_steered: bool
     must_launch: bool = False
+    watched: WatchedRow | None = None
 
     def launches(self, is_cuda: bool) -> bool:
         """Whether kernels are launched. Also where nothing is steered, in graphs, which are
@@ -115,8 +120,11 @@ class GPUSteeringBuilder(SteeringBuilder):
         updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
         if metadata.steering is not None:
             updated = copy.copy(updated) if updated is metadata else updated
+            steering: Steering = metadata.steering
             updated.steering = replace(
-                metadata.steering, batch=replace(metadata.steering.batch, block_table=blk_table)
+                steering,
+                batch=replace(steering.batch, block_table=blk_table),
+                watched=steering.watched and steering.watched.over(blk_table),
             )
         return updated
 
@@ -129,9 +137,11 @@ class GPUSteeringBuilder(SteeringBuilder):
             raise UnsupportedError("this step's attention is not causal")
         if self._is_capturing:
             self._buffers.hide()
-            is_steered = False
+            is_steered, watched = False, None
         else:
-            is_steered = self._buffers.show(rows.slots_of(common))
+            slots = rows.slots_of(common)
+            is_steered = self._buffers.show(slots)
+            watched = WatchedRow.of(rows, common, common.block_table_tensor, slots)
         max_query_len = common.max_query_len
         if self._is_capturing and self._replays_any_batch:
             max_query_len = max(max_query_len, 2)
@@ -144,6 +154,7 @@ class GPUSteeringBuilder(SteeringBuilder):
             common.num_actual_tokens,
             is_steered,
             must_launch=self._is_capturing,
+            watched=watched,
         )
 
     @property
@@ -182,11 +193,31 @@ class GPUSteeringImpl(SteeringImpl):
             return super().forward(*arguments)  # type: ignore[misc, no-any-return]
         if steering is None:
             raise UnsupportedError("a draft model's step reached a layer that is to be steered")
-        if not steering.launches(query.is_cuda):
-            return super().forward(*arguments)  # type: ignore[misc, no-any-return]
+        if steering.launches(query.is_cuda):
+            result = self._forward_steered(steering, *arguments)
+        else:
+            result = super().forward(*arguments)  # type: ignore[misc]
+        if steering.watched is not None:
+            self._see(steering.watched, layer, query, kv_cache)
+        return result
+
+    def _forward_steered(
+        self,
+        steering: Steering,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *scales_of_output: torch.Tensor | None,
+    ) -> torch.Tensor:
         n = steering.num_tokens
         with lse.asking(self, attn_metadata, query[:n]) as answer:
-            result: torch.Tensor = super().forward(*arguments)  # type: ignore[misc]
+            result: torch.Tensor = super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales_of_output
+            )
         query, output = query[:n], output[:n]
         plain = answer.of(query)
         fp8 = FP8.get(self.kv_cache_dtype)
@@ -196,11 +227,23 @@ class GPUSteeringImpl(SteeringImpl):
             if query.dtype != output.dtype:
                 query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
         steered_attention(
-            query, kv_cache, output, steering.buffers, self.layer_index, steering.batch,
+            query, kv_cache, output, steering.buffers, self.layer_index or 0, steering.batch,
             self.attention, steering.workspaces[self.head_size],
             scales, *(plain or (None, False)),
         )  # fmt: skip
         return result
+
+    def _see(
+        self, row: WatchedRow, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor
+    ) -> None:
+        """Keeps what the watched row attends to in this layer."""
+        fp8, q, scale = FP8.get(self.kv_cache_dtype), query[row.index].float(), 1.0
+        if fp8 is not None:
+            kv_cache, scale = kv_cache.view(fp8), layer._k_scale
+            if query.dtype == fp8:
+                q = q * layer._q_scale
+        keys = partial(gather_keys, kv_cache[..., : self.head_size])
+        row.see(self.layer_index or 0, q * scale, self.attention, keys)
 
 
 def __getattr__(name: str) -> type[AttentionBackend]:

@@ -19,6 +19,7 @@ from vllm_pasta.integration.worker.backend import steered_backend
 from vllm_pasta.integration.worker.gpu import GPUSteeringBuilder, Steering
 from vllm_pasta.integration.worker.mla import MLASteeringImpl, describe
 from vllm_pasta.integration.worker.rows import EmphasisRows
+from vllm_pasta.integration.worker.watch import WatchedRow
 from vllm_pasta.kernels.gpu.launch import MIN_BLOCK_M, Batch, Workspace, steered_attention, warm_up
 from vllm_pasta.steering.plan import StepPlan
 
@@ -108,6 +109,9 @@ class GPUMLASteeringImpl(MLASteeringImpl):
             steering.buffers, self.layer_index or 0, steering.batch, self.attention,
             steering.workspaces[self.kv_lora_rank], value_at=0,
         )  # fmt: skip
+
+    def _watched(self, metadata: Any, steering: MLASteering | None) -> WatchedRow | None:
+        return None if steering is None else steering.watched
 
     def _prompts(self, steering: MLASteering | None) -> StepPlan | None:
         return None if steering is None else steering.prompts

@@ -6,6 +6,7 @@ latent (`forward_mqa`), then prompts, with queries and outputs of the heads (`fo
 are steered in the latent space, over the paged cache, which holds the step's own tokens by then.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm_pasta.integration.registry import CPU_MLA_BACKENDS
 from vllm_pasta.integration.worker.backend import SteeringBuilder, SteeringImpl, steered_backend
 from vllm_pasta.integration.worker.rows import EmphasisRows
+from vllm_pasta.integration.worker.watch import WatchedRow
 from vllm_pasta.kernels.mla import Part, latent_attention, steered_parts
+from vllm_pasta.kernels.reference import gather_keys
 from vllm_pasta.steering.plan import LayerAttention, LayerHeads, StepPlan
 
 
@@ -29,8 +32,10 @@ class MLASteeringBuilder(SteeringBuilder):
         self, rows: EmphasisRows, common: CommonAttentionMetadata, metadata: Any
     ) -> StepPlan | None:
         static = rows.plan_of(common)
+        metadata.watched = None
         if static is None:
             return None
+        metadata.watched = WatchedRow.of(rows, common, common.block_table_tensor)
         return StepPlan.build(
             static, common.query_start_loc, common.seq_lens, common.block_table_tensor
         )
@@ -60,6 +65,10 @@ class MLASteeringImpl(SteeringImpl):
         output, lse = super().forward_mqa(q, kv_c_and_k_pe_cache, attn_metadata, layer)  # type: ignore[misc]
         if is_steered:
             self._steer_decodes(steering, q, kv_c_and_k_pe_cache, output)
+        row = self._watched(attn_metadata, steering)
+        if row is not None and row.index < attn_metadata.num_decode_tokens:
+            q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+            self._see(row, q[row.index], kv_c_and_k_pe_cache)
         return output, lse
 
     def forward_mha(
@@ -73,19 +82,23 @@ class MLASteeringImpl(SteeringImpl):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:
-        plan = self._prompts(self._steering_of(attn_metadata, output_scale))
+        steering = self._steering_of(attn_metadata, output_scale)
+        plan = self._prompts(steering)
         super().forward_mha(  # type: ignore[misc]
             q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale
         )
+        start = attn_metadata.num_decode_tokens
+        row = self._watched(attn_metadata, steering)
+        if row is not None and row.index >= start:
+            every = torch.arange(q.shape[1], device=q.device)
+            query = self._absorbed(q[row.index - start : row.index - start + 1], every)
+            self._see(row, query[0], kv_c_and_k_pe_cache)
         heads = None if plan is None else self._heads(plan)
         if plan is None or heads is None:
             return
         by_head = output.view(len(output), -1, self.v_head_dim)
-        start = attn_metadata.num_decode_tokens
         for part in steered_parts(plan, heads, start, len(q), kv_c_and_k_pe_cache):
-            query = q[part.rows][:, part.heads]
-            absorbed = self._project("k", query[..., : self.qk_nope_head_dim], part.heads)
-            query = torch.cat([absorbed, query[..., self.qk_nope_head_dim :]], dim=-1)
+            query = self._absorbed(q[part.rows][:, part.heads], part.heads)
             latent = self._attend(query, part).to(q.dtype)
             by_head[part.rows, part.heads] = self._project("v", latent, part.heads)
 
@@ -121,6 +134,21 @@ class MLASteeringImpl(SteeringImpl):
 
     def _attend(self, query: torch.Tensor, part: Part) -> torch.Tensor:
         return latent_attention(query, part, self.attention.scale, self.kv_lora_rank)
+
+    def _absorbed(self, query: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Queries ``[rows, h, …]`` of these heads, as they compare with the latent cache."""
+        latent = self._project("k", query[..., : self.qk_nope_head_dim], heads)
+        return torch.cat([latent, query[..., self.qk_nope_head_dim :]], dim=-1)
+
+    def _watched(self, metadata: Any, steering: Any) -> WatchedRow | None:
+        """The row of this step whose weights are asked for."""
+        row: WatchedRow | None = None if metadata is None else getattr(metadata, "watched", None)
+        return row if self.layer_index is not None else None
+
+    def _see(self, row: WatchedRow, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+        """Keeps what the watched row attends to in this layer; its queries are absorbed."""
+        keys = partial(gather_keys, kv_cache[:, None])
+        row.see(self.layer_index or 0, query, self.attention, keys)
 
     def _project(self, which: str, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """Multiplies ``[rows, h, n]`` by these heads' up-projection of keys, transposed, or of

@@ -101,6 +101,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
     Attributes:
         source: What tells whose a row is; None where emphasis is off.
         is_honoured: Whether an attention backend asked for the rows.
+        watched: By slot, the requests that are watched: nearly always none.
         workspaces: What layers of a head size share, by that; the GPU backends' business.
 
     Raises:
@@ -112,6 +113,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         self.vllm_config = vllm_config
         self.source = Source.of(vllm_config) if is_enabled(vllm_config) else None
         self._emphasis: dict[int, ResolvedEmphasis] = {}  # by batch row; on V2 by slot
+        self.watched: dict[int, ResolvedEmphasis] = {}
         self._plan: StaticPlan | None = None
         self._buffers: SteeringBuffers | None = None
         self._params: list[SamplingParams | None] = []  # by batch row, as metadata last told
@@ -134,11 +136,6 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
                 sorted(self._emphasis.items(), key=lambda item: item[0]), self._local
             )
         return self._plan
-
-    @property
-    def watched(self) -> list[tuple[int, ResolvedEmphasis]]:
-        """The rows of watched requests, of which most batches have none."""
-        return [(row, emphasis) for row, emphasis in self._emphasis.items() if emphasis.watch]
 
     def seen(self, name: str) -> dict[int, torch.Tensor]:
         """What the watched request of this name attends to, by layer; empty at first, for the
@@ -232,6 +229,7 @@ class EmphasisRows(LogitsProcessor, LogitsProcessorV2):
         """The steered requests are these from now on."""
         before, self._emphasis = self._emphasis, emphasis
         self._plan = None  # rows may have moved
+        self.watched = {row: one for row, one in emphasis.items() if one.watch}
         if emphasis and not self.is_honoured:
             raise UnsupportedError(
                 "a request with emphasis is about to run, but the attention backend is not "

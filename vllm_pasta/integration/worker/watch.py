@@ -8,7 +8,8 @@ if no head were steered; the front end applies the factors. Nothing is computed 
 `AttentionWatcher` is vLLM's ``worker_extension_cls``, and hands the weights out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,54 +24,75 @@ class WatchedRow:
     """A prompt's last row, in the step that computes it.
 
     Attributes:
+        request: Which of the step's requests it is of.
         index: Of the row among the step's query rows.
         seq_len: Number of its keys: the prompt's tokens.
         block_table: int32 ``[max_blocks]``; its KV cache blocks.
         weights: By layer, see `row_weights`, of the heads of this rank; filled by `see`.
     """
 
+    request: int
     index: int
     seq_len: int
     block_table: torch.Tensor
     weights: dict[int, torch.Tensor]
 
     @classmethod
-    def of(cls, batch: "rows.EmphasisRows", metadata: Any) -> "WatchedRow | None":
+    def of(
+        cls,
+        batch: "rows.EmphasisRows",
+        metadata: Any,
+        block_table: torch.Tensor,
+        slots: Iterable[int] | None = None,
+    ) -> "WatchedRow | None":
         """The row of this step that is watched, if there is one.
 
         Args:
             batch: Whose rows are whose.
-            metadata: vLLM's attention metadata of the CPU backend.
+            metadata: vLLM's attention metadata, of a backend or common to all.
+            block_table: int32 ``[num_requests, max_blocks]``.
+            slots: The slot of each of the step's requests; None: they are in the order of slots.
         """
-        for row, emphasis in batch.watched:
-            if int(metadata.seq_lens[row]) != emphasis.prompt_len:
+        if not batch.watched:
+            return None
+        places = dict(enumerate(slots)) if slots is not None else {i: i for i in batch.watched}
+        for request, slot in places.items():
+            emphasis = batch.watched.get(int(slot))
+            if emphasis is None or int(metadata.seq_lens[request]) != emphasis.prompt_len:
                 continue
             assert emphasis.watch
-            index = int(metadata.query_start_loc[row + 1]) - 1
-            seen = batch.seen(emphasis.watch)
-            return cls(index, emphasis.prompt_len, metadata.block_table[row], seen)
+            return cls(
+                request,
+                int(metadata.query_start_loc[request + 1]) - 1,
+                emphasis.prompt_len,
+                block_table[request],
+                batch.seen(emphasis.watch),
+            )
         return None
+
+    def over(self, block_table: torch.Tensor) -> "WatchedRow":
+        """The same row in a group of layers with another block table: ``[num_requests, …]``."""
+        return replace(self, block_table=block_table[self.request])
 
     def see(
         self,
         layer: int,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
         attention: LayerAttention,
-        layout: str,
+        keys: Callable[[torch.Tensor, int, int], torch.Tensor],
     ) -> None:
         """Keeps the weights of one layer.
 
         Args:
             layer: Its index.
-            query: ``[num_tokens, num_heads, head_size]``.
-            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+            query: ``[num_heads, size]``; the row's.
             attention: What the layer computes.
-            layout: See `vllm_pasta.kernels.reference.gather_kv`.
+            keys: Reads float32 ``[num_kv_heads, n, size]`` out of the cache, by the block table,
+                the first token and where to stop.
         """
-        self.weights[layer] = row_weights(
-            query[self.index], kv_cache, self.block_table, self.seq_len, attention, layout
-        )
+        start = max(0, self.seq_len - (attention.window or self.seq_len))
+        read = keys(self.block_table, start, self.seq_len)
+        self.weights[layer] = row_weights(query, read, start, attention)
 
 
 class AttentionWatcher:
@@ -90,6 +112,6 @@ class AttentionWatcher:
         """
         seen = rows.rows_of(self.vllm_config).take_seen(name)
         return [
-            (layer, len(weights), weights.contiguous().numpy().tobytes())
+            (layer, len(weights), weights.cpu().contiguous().numpy().tobytes())
             for layer, weights in sorted(seen.items())
         ]

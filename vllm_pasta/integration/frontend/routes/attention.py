@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
 from vllm_pasta.errors import EmphasisError
@@ -31,11 +32,11 @@ def check(vllm_config: Any) -> None:
     Raises:
         EmphasisError: it cannot.
     """
-    from vllm.platforms import current_platform
-
     parallel = vllm_config.parallel_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    whole = not current_platform.is_cpu() and graphs.mixed_mode().has_full_cudagraphs()
     for wrong, why in (
-        (not current_platform.is_cpu(), "it does not run on a CPU"),
+        (whole, f"prompts run in whole CUDA graphs (cudagraph_mode {graphs.name})"),
         (parallel.data_parallel_size > 1, "it is data parallel"),
         (parallel.worker_extension_cls != WATCHER, "it has another worker_extension_cls"),
     ):
@@ -125,6 +126,8 @@ def _requests(
             max_tokens=1,
             temperature=0,
             detokenize=False,
+            # On a GPU a step of one row, all else cached, may run in a graph: nothing is seen.
+            skip_reading_prefix_cache=not current_platform.is_cpu(),
             extra_args={WIRE_KEY: Admitted({**one.to_wire(), "watch": name})},
         )
         result.append((TokensPrompt(prompt_token_ids=ids), params, name))
@@ -188,7 +191,11 @@ def _weights(told: Told) -> dict[int, np.ndarray]:
         for layer, count, data in rank:
             parts.setdefault(layer, []).append(np.frombuffer(data, np.float32).reshape(count, -1))
     if not parts:
-        raise EmphasisError("this model's attention cannot be looked into", field=KEY)
+        raise EmphasisError(
+            "nothing was seen: on a GPU, the prompt's last token may have run in a CUDA graph, "
+            "alone in its step: try again, or start vLLM with --enforce-eager",
+            field=KEY,
+        )
     return {layer: np.concatenate(of) for layer, of in parts.items()}
 
 
