@@ -38,6 +38,7 @@ test: check ## linters, type checker, tests (WORKERS=4 on a larger machine)
 	$(PYTEST) $(DEALT) tests/unit tests/engine tests/gpu tests/upstream
 
 test-all: check ## and slow variants of them
+	$(VENV)/bin/pip install --quiet "ray>=2.40,<3"
 	$(PYTEST) -m "" tests/server
 	$(PYTEST) -m "" $(DEALT) tests/unit tests/engine tests/gpu tests/upstream
 

@@ -3,8 +3,10 @@
 import contextlib
 import html
 import json
+import os
 import re
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -13,8 +15,8 @@ from models import tiny_model, word_tokenizer, worded_llama
 
 from vllm_pasta import HeadSet, cli
 from vllm_pasta.errors import PastaError
-from vllm_pasta.profiling import asker as asker_module
 from vllm_pasta.profiling import methods
+from vllm_pasta.profiling.asker import engine as engine_module
 from vllm_pasta.profiling.prompts import Prompter, demonstrations
 from vllm_pasta.profiling.search.gradients import GradientModel
 from vllm_pasta.profiling.search.ranking import Ranker
@@ -327,21 +329,21 @@ def test_interrupted_and_sharded(command, monkeypatch):
     """A run that was stopped goes on; shards together give what one run gives."""
     arguments = ("--examples", "3", "--top-k", "4", "--alpha", "0.1")
     command("profile", *arguments, "--out", "whole.json")
-    monkeypatch.setattr(asker_module, "CHUNK", 10)
+    monkeypatch.setattr(engine_module, "CHUNK", 10)
     stopped = command("profile", *arguments, "--out", "cut.json", "--stop-after", "0", status=1)
     assert "stopped after the time given" in stopped.err
     asked = []
-    generate = asker_module.Asker._generate
+    answer = engine_module.Engine.answer
 
     left = [None, None, KeyboardInterrupt()]  # the third call is interrupted
 
-    def interrupted(self, trials):
-        asked.append(len(trials))
+    def interrupted(self, questions):
+        asked.append(len(questions))
         if left and (interruption := left.pop(0)):
             raise interruption
-        return generate(self, trials)
+        return answer(self, questions)
 
-    monkeypatch.setattr(asker_module.Asker, "_generate", interrupted)
+    monkeypatch.setattr(engine_module.Engine, "answer", interrupted)
     assert "interrupted" in command("profile", *arguments, "--out", "cut.json", status=130).err
     command("profile", *arguments, "--out", "cut.json")
     assert sum(asked[:2] + asked[3:]) == 3 + 48  # the plain model's, and each head's, once
@@ -362,6 +364,33 @@ def test_interrupted_and_sharded(command, monkeypatch):
         "only --search full"
         in command("profile", "--shard", "0/2", "--search", "halving", status=1).err
     )
+
+
+@pytest.mark.slow  # the answers of one engine are each in a quicker test
+def test_over_ray(command, worded, tmp_path):
+    """Two engines on one machine, as commands are run: the result is one engine's."""
+    pytest.importorskip("ray", reason="needs vllm-pasta[ray]")
+    arguments = ["--examples", "3", "--top-k", "4", "--alpha", "0.1"]
+    command("profile", *arguments, "--out", "one.json")
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_pasta.cli", "profile", worded, *arguments,
+         "--tasks", "counterfact", "--out", tmp_path / "two.json", "--ray", "local",
+         "--ray-workers", "2", "--engine", json.dumps(engine)],
+        capture_output=True, text=True, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (HeadSet.load(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert one.layers == two.layers
+    assert one.provenance["answers"] == two.provenance["answers"]
+    profiles = [of.provenance["profiles"]["counterfact"] for of in (one, two)]
+    assert profiles[0]["ranking"] == profiles[1]["ranking"]
+    assert profiles[0]["scores"] == pytest.approx(profiles[1]["scores"], abs=1e-4)
+
+
+def test_workers_without_a_cluster(command):
+    assert "goes with --ray" in command("profile", "--ray-workers", "2", status=1).err
 
 
 def test_sizes_by_held_out_score(command):

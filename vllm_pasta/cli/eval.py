@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     with Asker(
         model, engine, store, partial(engine_session, "eval"), args.stop_after,
-        lambda trial: shots[trial.task] if trial.method.shots else (),
+        lambda trial: shots[trial.task] if trial.method.shots else (), options.ray(args),
     ) as asker:  # fmt: skip
         for task in chosen:
             found = samples[task.name].examples

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_pasta import envs, tasks
 from vllm_pasta.cli import smollm2
 from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling.asker.cluster import Ray
 from vllm_pasta.request.marks import parse_alpha, parse_share
 
 DEFAULT_HEADS = "smollm2-135m-instruct"
@@ -47,9 +48,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eager", action="store_true", help="start without torch.compile, which starts faster"
     )
     parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS",
+        help="run engines on the machines of a Ray cluster (default: this machine's cluster, else "
+        "one of this machine alone); needs vllm-pasta[ray]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray-workers", type=count, metavar="N",
+        help="with --ray: how many engines (one for each GPU, or machine without)",
+    )  # fmt: skip
+    parser.add_argument(
         "--stop-after", type=float, metavar="SECONDS",
         help="stop cleanly after this time; the same command continues",
     )  # fmt: skip
+
+
+def ray(args: argparse.Namespace) -> Ray | None:
+    """The Ray cluster that ``--ray`` and ``--ray-workers`` name; None without ``--ray``.
+
+    Raises:
+        PastaError: there are workers, and no cluster.
+    """
+    if args.ray is not None:
+        return Ray(args.ray, args.ray_workers)
+    if args.ray_workers is not None:
+        raise PastaError("--ray-workers goes with --ray")
+    return None
 
 
 @contextmanager

@@ -96,7 +96,10 @@ def run(args: argparse.Namespace) -> int:
     store = Store(path, run_info, others)
     heads = every_head(model)
     ranked_with = args.alpha[0]
-    with Asker(model, engine, store, partial(engine_session, "profile"), args.stop_after) as asker:
+    with Asker(
+        model, engine, store, partial(engine_session, "profile"), args.stop_after,
+        ray=options.ray(args),
+    ) as asker:  # fmt: skip
         rankers = {
             task.name: Ranker(asker, store, task, samples[task.name], ranked_with, args.likelihood)
             for task in chosen
