@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates: progress on stderr, the table on stdout."""
     chosen = [tasks.load(name) for name in args.tasks]
+    cluster = options.ray(args)
     check_plugin()
     for option, file in (("--plots", args.plots), ("--pareto", args.pareto)):
         with options.named(option):
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     with Asker(
         model, engine, store, partial(engine_session, "eval"), args.stop_after,
-        lambda trial: shots[trial.task] if trial.method.shots else (), options.ray(args),
+        lambda trial: shots[trial.task] if trial.method.shots else (), cluster,
     ) as asker:  # fmt: skip
         for task in chosen:
             found = samples[task.name].examples

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise PastaError("--alpha: several are for --top-k auto, which chooses one")
     if args.shard and args.search != "full":
         raise PastaError("--shard: only --search full can be split; the others are quick")
+    cluster = options.ray(args)
     check_plugin()
     samples = {t.name: sample(t, "train", args.examples, args.seed, args.data) for t in chosen}
     model = args.model or str(smollm2.model_path())
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     ranked_with = args.alpha[0]
     with Asker(
         model, engine, store, partial(engine_session, "profile"), args.stop_after,
-        ray=options.ray(args),
+        ray=cluster,
     ) as asker:  # fmt: skip
         rankers = {
             task.name: Ranker(asker, store, task, samples[task.name], ranked_with, args.likelihood)

@@ -51,7 +51,7 @@ class Store:
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], others: Iterable[Path] = ()) -> None:
-        """Opens a file, and keeps other processes out of it until this store is gone.
+        """Opens a file, and keeps other processes out of it until this store is closed.
 
         Half a line at the end, which a run that was killed or a full disk left, is cut off.
 
@@ -84,6 +84,10 @@ class Store:
                 _alone(file, fcntl.LOCK_SH)
                 data = file.read()
             self._load(other, data[: data.rfind(b"\n") + 1])
+
+    def close(self) -> None:
+        """Lets other runs write the file; what is known stays readable."""
+        self._file.close()
 
     def __contains__(self, trial: Trial) -> bool:
         return trial.key in self._answers

@@ -17,7 +17,8 @@ Shots = Callable[[Trial], Sequence[Probe]]
 class Asker:
     """Answers trials: from the store if it holds the answer, otherwise by the engine.
 
-    The engine starts when it is first needed, so a run that finds every answer starts none.
+    The engine starts when it is first needed, so a run that finds every answer starts none. The
+    store is closed with the asker.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Asker:
         if self._engine is not None:
             self._engine.close()  # while its last words still go to the log
         self._engine = None
+        self._store.close()
         self._stack.__exit__(*error)
 
     def ask(self, trials: Iterable[Trial], what: str) -> list[Answer]:
