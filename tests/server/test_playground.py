@@ -134,10 +134,10 @@ def emphasised(page):
     return "".join(page.locator("mark.token").all_text_contents())
 
 
-def drag(page, words, after=""):
+def drag(page, words, after="", watch=lambda: None):
     """Selects these words of the only text with the mouse, as they stand on the screen.
 
-    The first that stand there, or the first after these.
+    The first that stand there, or the first after these. ``watch`` is called on the way.
     """
     ends = page.evaluate(
         """([words, after]) => {
@@ -159,7 +159,9 @@ def drag(page, words, after=""):
     )
     page.mouse.move(*ends[0])
     page.mouse.down()
-    page.mouse.move(*ends[1], steps=4)
+    for step in range(1, 5):
+        page.mouse.move(*(a + (b - a) * step / 4 for a, b in zip(*ends, strict=True)))
+        watch()
     page.mouse.up()
 
 
@@ -533,9 +535,7 @@ def test_film(visit, tmp_path):
         seconds.append(for_seconds)
 
     show(1.5)
-    for words in ("Hermann", "Hermann Staudinger was", FACT):
-        drag(page, words, after="Currently, ")
-        show(0.4)
+    drag(page, FACT, after="Currently, ", watch=lambda: show(0.3))
     page.click("#mark")
     page.wait_for_selector("mark.token")
     show(2)
@@ -543,6 +543,7 @@ def test_film(visit, tmp_path):
     while not page.locator("#runs .run").count() and len(frames) < 60:
         show(0.25)
     show(4)
+    assert emphasised(page) == " " + FACT
     assert answer(page, "plain") != answer(page, "emphasised")
     page.click("#look")
     page.wait_for_selector("#inside:visible")
