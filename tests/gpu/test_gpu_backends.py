@@ -191,6 +191,24 @@ def test_slots_are_used_again(config, v2):
             assert steering.buffers.records[0, FIRST] == first
 
 
+def test_slots_of_a_stage_without_a_sampler(config, monkeypatch):
+    """Of pipeline stages the last alone has logits processors: elsewhere the model runner tells."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    monkeypatch.setattr(rows, "_has_sampler", lambda: False)
+    rows.add_request(config, 0, params(None))
+    with pytest.raises(UnsupportedError, match="the attention backend is not vllm-pasta's"):
+        rows.add_request(config, 0, params())
+    made = builder(config)
+    for given, is_steered in ((params(), True), (params(None), False), (params(), True)):
+        rows.add_request(config, 0, given)
+        assert made.build(0, common(1)).steering.is_steered is is_steered
+    assert GPUModelRunner.add_requests.__wrapped__.__module__ == GPUModelRunner.__module__
+    monkeypatch.setattr(rows, "_has_sampler", lambda: True)
+    rows.add_request(config, 0, params(None))  # the sampler tells
+    assert made.build(0, common(1)).steering.is_steered
+
+
 def test_groups_share_slots(config, v2):
     """Builders of several groups, made before or after the first request."""
     first = builder(config)
