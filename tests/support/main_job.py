@@ -3,6 +3,7 @@ is imported, offline and as a server, with a report in JSON (see test_patches.py
 """
 
 import asyncio
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -100,9 +101,13 @@ async def server(model, heads_file):
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.launchers.run_batch import run_batch
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     flags = []
     for name, value in {**OPTIONS, "disable_log_stats": ()}.items():
@@ -144,7 +149,12 @@ async def server(model, heads_file):
             report["metrics"] = (await client.get("/metrics")).text
         args.input_file, args.output_file = str(folder / "in.jsonl"), str(folder / "out.jsonl")
         args.output_tmp_dir, args.enable_metrics = None, False
-        await run_batch(engine, args)
+        if "input_file" in inspect.signature(run_batch).parameters:
+            args.max_inflight = None
+            with (folder / "in.jsonl").open() as file:
+                await run_batch(engine, args, file, 1)
+        else:  # vLLM 0.32
+            await run_batch(engine, args)
     (choice,) = json.loads((folder / "out.jsonl").read_text())["response"]["body"]["choices"]
     report["batch"] = {"tokens": choice["token_ids"]}
     return report
