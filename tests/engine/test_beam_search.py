@@ -9,6 +9,7 @@ import dataclasses
 import re
 
 import pytest
+import vllm
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 import vllm_pasta
@@ -22,6 +23,8 @@ TAGGED = "Name three colours. <emphasis>Answer in JSON.</emphasis> Be brief."
 PROMPT = TAGGED.replace("<emphasis>", "").replace("</emphasis>", "")
 PART = "Answer in JSON."
 WIDTH, LENGTH = 3, 5
+COUNTS_PROMPT = vllm.__version__.startswith("0.32.")
+"""How this vLLM counts a beam's length; see `Oracle.beam_search`."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,9 @@ def oracle_beams(smollm2_engine, smollm2_oracle, steering_of):
     def run(prompt, *part, **options):
         steering = steering_of(prompt, *part) if part else None
         ids, eos = tokenizer(prompt).input_ids, tokenizer.eos_token_id
-        return smollm2_oracle.beam_search(ids, WIDTH, LENGTH, steering, eos, **options)
+        return smollm2_oracle.beam_search(
+            ids, WIDTH, LENGTH, steering, eos, counts_prompt=COUNTS_PROMPT, **options
+        )
 
     return run
 

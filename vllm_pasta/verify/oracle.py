@@ -257,12 +257,23 @@ class Oracle:
         steering: Steering | None = None,
         eos: int | None = None,
         penalty: float = 1.0,
+        *,
+        counts_prompt: bool = True,
     ) -> list[tuple[list[int], float]]:
         """Beams as vLLM counts them, best first: ``[(tokens, sum of log-probabilities)]``.
 
         Without a cache: every step of every beam is a whole forward pass. Beams that end with
-        ``eos`` are done; all compete by sum / (prompt and generated tokens) ** penalty at the end,
-        ``eos`` not counted.
+        ``eos`` are done; all compete by sum / length ** penalty at the end.
+
+        Args:
+            prompt_ids: The prompt.
+            width: Number of beams.
+            max_tokens: Of each beam.
+            steering: What is steered; None for nothing.
+            eos: The token that ends a beam.
+            penalty: See above.
+            counts_prompt: Whether a beam's length is that of prompt and generated tokens, ``eos``
+                not counted, as in vLLM 0.32; else that of the generated tokens, as from 0.33 on.
         """
         beams: list[tuple[list[int], float]] = [([], 0.0)]
         done: list[tuple[list[int], float]] = []
@@ -280,7 +291,9 @@ class Oracle:
             beams = sorted(going, key=lambda beam: -beam[1])[:width]
 
         def value(beam: tuple[list[int], float]) -> float:
-            count = len(prompt_ids) + len(beam[0]) - (beam[0][-1] == eos)
+            count = len(beam[0])
+            if counts_prompt:
+                count += len(prompt_ids) - (beam[0][-1] == eos)
             return float(beam[1] / count**penalty)
 
         return sorted(done + beams, key=value, reverse=True)[:width]
