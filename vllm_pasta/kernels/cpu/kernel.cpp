@@ -82,7 +82,7 @@ namespace {
 
 constexpr int MIN_AMX_ROWS = 9;  // with fewer, AMX's tiles of 16 rows are mostly empty
 constexpr long MAX_DEPTH = 128;  // products that are added up one by one: more would lose digits
-constexpr int MIN_SPLIT = 512;   // fewer keys are not worth a unit of their own
+constexpr int MIN_SPLIT = 512;  // fewer keys are not worth a unit of their own
 
 enum Format { FLOAT_PLAIN, BFLOAT16_PLAIN, HALF_PLAIN, BFLOAT16_PAIRED };
 enum Status { OK, BAD_FORMAT, BAD_HEAD, BAD_BLOCK, BAD_ROW, NO_MEMORY };
@@ -92,10 +92,10 @@ struct Unit {
   long kv_head;
   const int32_t* heads;
   long num_heads;
-  uint64_t steered;         // one bit for each of the heads
-  long row, rows;           // query rows, counted from the request's first in this step
+  uint64_t steered;  // one bit for each of the heads
+  long row, rows;  // query rows, counted from the request's first in this step
   long key_begin, key_end;
-  long partial;             // where its sums go if the keys are split, else -1
+  long partial;  // where its sums go if the keys are split, else -1
 };
 
 struct Merge {  // the units that share query rows and have different keys
@@ -274,9 +274,7 @@ struct Kernel {
 
   bool adds_twice(int request) const { return layer.whole && has_share(request); }
 
-  bool reuses_plain(int request) const {
-    return !layer.whole && batch.merge_bases[request] < 0.0f;
-  }
+  bool reuses_plain(int request) const { return !layer.whole && batch.merge_bases[request] < 0.0f; }
 
   // The bias of keys [key, key + n), and their merge weights. Returns the least range that holds
   // all whose merge weight is not 0, from a multiple of 32 on.
@@ -333,7 +331,8 @@ struct Kernel {
       for (long j = 0; j < n; j += LANES) {
         f32 x = load<f32>(logits + j) * shape.scale;
         if (shape.soft_cap > 0.0f) x = shape.soft_cap * tanh(x / shape.soft_cap);
-        if (layer.alibi_slopes) x += layer.alibi_slopes[head] * (lane + (float)(key + j - position));
+        if (layer.alibi_slopes)
+          x += layer.alibi_slopes[head] * (lane + (float)(key + j - position));
         store(logits + j, x);
       }
     }
@@ -384,7 +383,8 @@ struct Kernel {
       for (long d = 0; d < head_size; d += LANES)
         store(query + m * head_size + d, Element::widen(source + d));
       if (Layout::AMX) std::memcpy(query16 + m * head_size, source, head_size * sizeof(T));
-      state[m] = {f32{}, f32{}, f32{}, -1e30f};  // finite, so that a row that sees no key yet has no NaN
+      // The maximum is finite, so that a row that sees no key yet has no NaN.
+      state[m] = {f32{}, f32{}, f32{}, -1e30f};
       rescale[m] = 1.0f;
     }
     std::fill(sums, sums + rows * head_size, 0.0f);
@@ -407,10 +407,10 @@ struct Kernel {
       const Strides value_strides = Layout::value_strides(head_size, block_size);
       const long groups = (n + LANES - 1) / LANES;
       // With few rows, memory is the limit, and the hardware does not foresee the next block.
-      const T* then = rows > ROWS                 ? keys
-                      : key + n < unit.key_end    ? keys_of(unit, key + n)
-                      : next && next->rows > 0    ? keys_of(*next, next->key_begin)
-                                                  : keys;
+      const T* then = rows > ROWS              ? keys
+                      : key + n < unit.key_end ? keys_of(unit, key + n)
+                      : next && next->rows > 0 ? keys_of(*next, next->key_begin)
+                                               : keys;
       const long ahead = reinterpret_cast<intptr_t>(then) - reinterpret_cast<intptr_t>(keys);
       if (amx)
         multiply_keys_amx(query16, keys, key_strides, head_size, groups, rows, logits);
@@ -441,9 +441,9 @@ struct Kernel {
           add_values_amx(logits + first, weights16, from, value_strides, last - first, n - first,
                          rescale, sums, head_size, rows);
         else
-          multiply<Layout>({logits + first, KEY_STRIDE, value_strides, last - first, rescale, sums,
-                            head_size},
-                           rows, head_size / LANES, from);
+          multiply<Layout>(
+              {logits + first, KEY_STRIDE, value_strides, last - first, rescale, sums, head_size},
+              rows, head_size / LANES, from);
       };
       add_values(first, last, rescale, sums);
       if (twice) {
@@ -473,8 +473,7 @@ struct Kernel {
     } else {
       float* partial = partials + unit.partial * partial_size();
       std::copy(sums, sums + rows * head_size, partial);
-      if (twice)
-        std::copy(kept_sums, kept_sums + rows * head_size, partial + MAX_ROWS * head_size);
+      if (twice) std::copy(kept_sums, kept_sums + rows * head_size, partial + MAX_ROWS * head_size);
       for (long m = 0; m < rows; ++m)
         store(partial + 2 * MAX_ROWS * head_size + STATE * m, total(m));
     }
@@ -487,7 +486,7 @@ struct Kernel {
     for (long m = 0; m < parts->rows * parts->num_heads; ++m) {
       const auto state = [&](long i) {
         return load<PartState>(partials + parts[i].partial * partial_size() +
-                              2 * MAX_ROWS * head_size + STATE * m);
+                               2 * MAX_ROWS * head_size + STATE * m);
       };
       PartState all = {state(0).max, 0.0f, 0.0f, 0.0f};
       for (long i = 1; i < count; ++i) all.max = std::max(all.max, state(i).max);

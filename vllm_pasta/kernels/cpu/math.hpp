@@ -27,11 +27,11 @@
 
 namespace {
 
-constexpr int COLUMNS = 16;    // of a group in vLLM's layout "amx"
-constexpr int MAX_ROWS = 48;   // (query row, head) pairs of a unit: AMX holds as many
+constexpr int COLUMNS = 16;  // of a group in vLLM's layout "amx"
+constexpr int MAX_ROWS = 48;  // (query row, head) pairs of a unit: AMX holds as many
 constexpr int MAX_KEYS = 128;  // keys of a tile: the logits of all rows stay in L1
 constexpr int KEY_STRIDE = MAX_KEYS + 32;  // of a row of logits; the excess is zero, for AMX
-constexpr int ROWS = 6;                    // of a product held in registers, at most
+constexpr int ROWS = 6;  // of a product held in registers, at most
 
 // Floats in a vector, and how many vectors beside each other a product of `rows` rows holds in
 // registers: a power of two. AVX-512 has 32 registers, the others may have no more than 16.
@@ -63,7 +63,6 @@ inline void store(void* p, V v) {
 }
 inline f32 splat(float x) { return f32{} + x; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
-
 
 // 0, 1, 2, …
 template <size_t... I>
@@ -186,9 +185,7 @@ struct Plain {
   static f32 first(const T* p) { return E::widen(p); }
   static f32 second(const T* p, const Strides& s) { return E::widen(p + s.second); }
   static const T* keys(const T* block, long token) { return block + token; }
-  static Strides key_strides(long, long block_size) {
-    return {LANES, 2 * block_size, block_size};
-  }
+  static Strides key_strides(long, long block_size) { return {LANES, 2 * block_size, block_size}; }
   static const T* values(const T* block, long token, long head_size, long block_size) {
     return block + block_size * head_size + token * head_size;
   }
@@ -206,9 +203,7 @@ struct Paired {
   using T = uint16_t;
   static f32 first(const T* p) { return (f32)(load<u32>(p) << 16); }
   static f32 second(const T* p, const Strides&) { return (f32)(load<u32>(p) & 0xffff0000u); }
-  static Strides key_strides(long head_size, long) {
-    return {COLUMNS * head_size, 2 * COLUMNS, 0};
-  }
+  static Strides key_strides(long head_size, long) { return {COLUMNS * head_size, 2 * COLUMNS, 0}; }
   static const T* values(const T* block, long token, long head_size, long block_size) {
     return block + block_size * head_size + token * COLUMNS;
   }
@@ -227,12 +222,12 @@ struct Paired {
 struct Product {
   const float* a;
   long lda;
-  Strides strides;        // of B
-  long k;                 // an odd k is read without its partner, which may be garbage
-  const float* rescale;   // per row of C; null means C's old content is ignored
+  Strides strides;  // of B
+  long k;  // an odd k is read without its partner, which may be garbage
+  const float* rescale;  // per row of C; null means C's old content is ignored
   float* c;
   long ldc;
-  long ahead = 0;         // bytes from B to what will be read next, to be fetched meanwhile
+  long ahead = 0;  // bytes from B to what will be read next, to be fetched meanwhile
 };
 
 // M rows by N groups of columns, held in registers.
@@ -425,7 +420,7 @@ inline void add_values_amx(const float*, void*, const void*, const Strides&, lon
 
 struct RowState {
   f32 sum, kept, marked;  // of all weights, of those whose values are added up, and of the marked
-                          // keys' where there is a share; a sum for each lane
+  // keys' where there is a share; a sum for each lane
   float max;
 };
 
@@ -479,9 +474,9 @@ inline void softmax_rows(float* rows, const float* bias, const float* keep, cons
                          float scale, RowState* state, float* rescale) {
   static const float none[MAX_KEYS] = {};
   for (long m = 0; m < num_rows; ++m)
-    rescale[m] *= softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads,
-                                steered >> m % num_heads & 1 ? bias : none, keep, marks, scale,
-                                state[m]);
+    rescale[m] *=
+        softmax<KEEP>(rows + m * KEY_STRIDE, n, visible + m / num_heads,
+                      steered >> m % num_heads & 1 ? bias : none, keep, marks, scale, state[m]);
 }
 
 }  // namespace
