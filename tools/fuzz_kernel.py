@@ -108,14 +108,6 @@ def main() -> int:
         if options.kernel != "cpp":
             parser.error("--sanitize: the C++ kernel alone is compiled")
         return sanitized([arg for arg in sys.argv[1:] if arg != "--sanitize"])
-    if (
-        options.kernel == "cpp"
-        and "LD_PRELOAD" in os.environ
-        and FLAGS in os.environ.get("CXXFLAGS", "")
-    ):
-        from vllm_pasta.kernels.cpu import build
-
-        print(f"with sanitizers: {build.build()}", flush=True)
     return 1 if run(options.kernel, range(options.first, options.first + options.cases)) else 0
 
 

@@ -6,6 +6,7 @@ Each POST goes to the prefill server first, for one token, and then to the decod
 ``kv_transfer_params`` that the first one returned. Both get the same body otherwise, emphasis
 included, and the parameters are passed on as they are: the decode server checks that its request's
 emphasis is the one that the KV was computed with. A prefill server's error is the client's answer.
+Where a server does not answer, the client gets 502 and its name.
 
 For trying things out: no authentication, no balancing. Needs aiohttp, which vLLM brings along.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 from collections.abc import AsyncIterator
 
-from aiohttp import ClientSession, ClientTimeout, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 HOP_BY_HOP = ("connection", "content-length", "date", "server", "transfer-encoding")
@@ -28,6 +29,13 @@ def for_prefill(body: dict) -> dict:
     limit = "max_output_tokens" if "input" in body else "max_tokens"
     ones = dict.fromkeys([name for name in ONE_TOKEN if name in body] or [limit], 1)
     return {**first, **ones, "stream": False, "kv_transfer_params": TO_PREFILL}
+
+
+def gone(name: str, url: str, error: Exception) -> web.Response:
+    """What a client is told where a server does not answer, in the shape of vLLM's own errors."""
+    message = f"the {name} server {url} does not answer: {error or type(error).__name__}"
+    detail = {"message": message, "type": "BadGateway", "param": None, "code": 502}
+    return web.json_response({"error": detail}, status=502)
 
 
 class Proxy:
@@ -54,29 +62,38 @@ class Proxy:
                 asked = None  # the decode server says what is wrong with it
             if isinstance(asked, dict):
                 first = for_prefill(asked)
-                async with self.client.post(self.prefill + request.path, json=first) as answer:
-                    if answer.status != 200:
-                        return web.Response(
-                            body=await answer.read(),
-                            status=answer.status,
-                            content_type=answer.content_type,
-                        )
-                    params = (await answer.json()).get("kv_transfer_params")
+                try:
+                    async with self.client.post(self.prefill + request.path, json=first) as answer:
+                        if answer.status != 200:
+                            return web.Response(
+                                body=await answer.read(),
+                                status=answer.status,
+                                content_type=answer.content_type,
+                            )
+                        params = (await answer.json()).get("kv_transfer_params")
+                except ClientError as e:
+                    return gone("prefill", self.prefill, e)
                 if params:
                     body = json.dumps({**asked, "kv_transfer_params": params}).encode()
-        async with self.client.request(
-            request.method,
-            self.decode + request.path_qs,
-            data=body,
-            headers={"content-type": "application/json"},
-        ) as answer:
-            headers = {k: v for k, v in answer.headers.items() if k.lower() not in HOP_BY_HOP}
-            response = web.StreamResponse(status=answer.status, headers=headers)
-            await response.prepare(request)
-            async for chunk in answer.content.iter_any():
-                await response.write(chunk)
-            await response.write_eof()
-            return response
+        response = None
+        try:
+            async with self.client.request(
+                request.method,
+                self.decode + request.path_qs,
+                data=body,
+                headers={"content-type": "application/json"},
+            ) as answer:
+                headers = {k: v for k, v in answer.headers.items() if k.lower() not in HOP_BY_HOP}
+                response = web.StreamResponse(status=answer.status, headers=headers)
+                await response.prepare(request)
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+                await response.write_eof()
+                return response
+        except ClientError as e:
+            if response is None:
+                return gone("decode", self.decode, e)
+            raise  # amid an answer: the client's connection is cut, so that it does not look whole
 
 
 def main() -> None:

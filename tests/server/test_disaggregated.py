@@ -5,14 +5,20 @@ through the proxy, and, for those sent to the decode server directly, the exampl
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import msgspec
+import psutil
 import pytest
 import zmq
 from conftest import ALL_CORES
@@ -276,6 +282,71 @@ def test_events_and_hashes_across_processes(cluster):
     assert steered[0] != plain[1][0]
     assert last[0] != plain[2][0]
     assert plain[1][1] is plain[2][1] is None
+
+
+@pytest.mark.slow
+def test_servers_that_die(cluster):
+    """Last of those that need the cluster. A client is told which server is gone; KV that is lost
+    is an error or computed anew, and never an answer of plain KV."""
+
+    def refused(server, words):
+        reply = http.post(f"{server}/v1/completions", json=body(FACT))
+        assert reply.status_code == 502
+        assert words in reply.json()["error"]["message"]
+
+    nobody, port = f"http://127.0.0.1:{free_port()}", free_port()
+    command = [PROXY, "--prefill", cluster.prefill, "--decode", nobody, "--port", str(port)]
+    process = subprocess.Popen([sys.executable, *command])
+    proxy = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with suppress(httpx.HTTPError):
+                http.get(proxy)
+                break
+            time.sleep(0.2)
+        refused(proxy, f"the decode server {nobody} does not answer")
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(httpx.HTTPError):
+        complete(proxy)  # the proxy itself is gone
+
+    # The prefill server dies after it has computed KV, and before the decode server fetches it.
+    cluster.forget()
+    text = "By now: " + TEXT
+    unlost = [complete(cluster.decode, e, prompt=text) for e in EMPHASES[:3]]
+    assert len(set(unlost)) == 3
+    cluster.forget()
+    asked = body(FACT, max_tokens=1, prompt=text, kv_transfer_params={"do_remote_decode": True})
+    reply = http.post(f"{cluster.prefill}/v1/completions", json=asked)
+    params = reply.json()["kv_transfer_params"]
+    kill(cluster.prefill)
+    reply = http.post(
+        f"{cluster.decode}/v1/completions",
+        json=body(FACT, prompt=text, kv_transfer_params=params),
+    )
+    print(f"KV lost: {reply.status_code}, {reply.text[:300]}")
+    if reply.status_code == 200:
+        assert reply.json()["choices"][0]["text"] == unlost[1]
+    else:
+        assert reply.status_code >= 500
+        assert reply.json()["error"]["message"]
+    refused(cluster.proxy, f"the prefill server {cluster.prefill} does not answer")
+    assert [complete(cluster.decode, e, prompt=text) for e in EMPHASES[:3]] == unlost
+
+    # The decode server dies amid an answer.
+    kill(cluster.decode)
+    with pytest.raises(httpx.HTTPError):
+        complete(cluster.decode)
+
+
+def kill(url):
+    """Ends a server and all that it started, as a machine that stops does."""
+    port = httpx.URL(url).port
+    (pid,) = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port
+              and c.status == psutil.CONN_LISTEN}  # fmt: skip
+    os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
 def emphasis(**changes):

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from servers import SERVE, VLLM, environment, http, metric, running
 from specs import random_prompts, random_spec
 from ways import CHAT_WAYS, TAGGED, USER, WAYS, chat, expected
 
+from benchmarks.admission import HARD
 from vllm_pasta.verify.oracle import Steering
 
 PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives in"
@@ -429,13 +431,13 @@ def test_endpoint_that_would_drop_it(server):
 
 def test_fuzz(server, client, steered):
     """Random specs, prompts with markup and lists of prompts: a steered answer or a 400 with a
-    message, nothing else; VLLM_PASTA_FUZZ says how many. A plain request beside them always gets
-    the same answer."""
-    rng = random.Random(0)
+    message, nothing else; VLLM_PASTA_FUZZ says how many. Of more than 2,000, nine in ten are
+    admitted or refused and not run. A plain request beside them always gets the same answer."""
+    rng = random.Random(int(os.environ.get("VLLM_PASTA_FUZZ_SEED", "0")))
     count = int(os.environ.get("VLLM_PASTA_FUZZ", "600"))
     specs = [random_spec(rng) for _ in range(count)]
     prompts = [random_prompts(rng) for _ in range(count)]
-    statuses = Counter()
+    statuses, ran = Counter(), Counter()
 
     def send(i):
         if i % 50 == 0:
@@ -447,9 +449,12 @@ def test_fuzz(server, client, steered):
             body["emphasis"] = specs[i]
         else:
             body["vllm_xargs"] = {"emphasis": json.dumps(specs[i]), "emphasis_alpha": 0.5}
+        runs = count <= 2_000 or i % 10 == 0
         # As text, since httpx refuses NaN, and a client may send it.
-        reply = http.post("/v1/completions", content=json.dumps(body))
+        path = "/v1/completions" if runs else "/v1/emphasis/resolve"
+        reply = http.post(path, content=json.dumps(body))
         statuses[reply.status_code] += 1
+        ran[runs and reply.status_code == 200] += 1
         if reply.status_code != 200:
             assert reply.json()["error"]["message"], specs[i]
         assert reply.status_code in (200, 400), (specs[i], reply.text)
@@ -461,7 +466,58 @@ def test_fuzz(server, client, steered):
         list(pool.map(send, range(count)))
     assert statuses[400] > count / 4
     assert statuses[200]
-    print(f"fuzz: {count} specs, {dict(statuses)}")
+    print(f"fuzz: {count} specs, {dict(statuses)}, {ran[True]} of them run")
+
+
+MANY = 10_000
+HOSTILE_SIZES = {
+    "10,000 marks": {"emphasis": ["Ann"] * MANY},
+    "10,000 ranges": {"emphasis": {"spans": [[i, i + 1] for i in range(MANY)]}},
+    "10,000 fields": {"emphasis": {f"text{i}": "Ann" for i in range(MANY)}},
+    "10,000 heads": {"emphasis": {"text": "Ann", "heads": {str(i): [0] for i in range(MANY)}}},
+    "10,000 emphases": {"emphasis": {"prompts": ["Ann"] * MANY}},
+    "a name of megabytes": {"emphasis": "Ann", "emphasis_heads": "x" * 3_000_000},
+    "a mark of megabytes": {"emphasis": "Ann " * 1_000_000},
+    "accents of megabytes": {"emphasis": "e" + "\u0301\u0316" * 500_000},
+    "a key of megabytes": {"emphasis": {"x" * 3_000_000: 1}},
+    **{
+        f"{name}, megabytes of it": {"prompt": text * 10, "emphasis": {"markup": kind}}
+        for name, (kind, text) in HARD.items()
+    },
+    "10,000 messages": {
+        "messages": [{"role": "user", "content": "**Ann**"}] * MANY,
+        "emphasis": {"markup": "markdown"},
+    },
+    "10,000 messages, marked": {
+        "messages": [{"role": "user", "content": "Ann"}] * MANY,
+        "emphasis": [{"role": "user", "text": "Ann", "occurrence": "all"}],
+    },
+}
+
+
+def test_hostile_sizes(server, client, steered):
+    """Megabytes, thousands of marks, what is hard for the readers of markup: a 400 with a message
+    that is no novel, in the time that reading the body takes, and plain requests are answered as
+    ever."""
+    with httpx.Client(base_url=server, timeout=120, headers=JSON) as http:
+        for i, (name, fields) in enumerate(HOSTILE_SIZES.items()):
+            chats = "messages" in fields
+            body = {
+                "model": "m",
+                "max_tokens": 1,
+                **({} if chats else {"prompt": PROMPT}),
+                **fields,
+            }
+            path = "/v1/chat/completions" if chats else "/v1/completions"
+            began = time.monotonic()
+            reply = http.post(path, content=json.dumps(body))
+            print(f"hostile: {name}: {reply.status_code}, {time.monotonic() - began:.2f} s")
+            assert reply.status_code == 400, (name, reply.text[:500])
+            message = reply.json()["error"]["message"]
+            assert message, name
+            assert len(message) < 2_000, (name, message[:3_000])
+            if i % 5 == 0:
+                assert complete(client).choices[0].text == steered[1], name
 
 
 def serve(*arguments, **env):
