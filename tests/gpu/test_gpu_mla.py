@@ -7,6 +7,7 @@ latent cache sought behind its keys; what is captured for a graph without anythi
 
 from types import SimpleNamespace
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 from latent import (

@@ -8,6 +8,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import interpreter  # noqa: F401
 import torch
 import triton.language as tl
 

@@ -21,6 +21,7 @@ import torch
 
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
+import interpreter  # noqa: F401
 from vllm.v1.attention.ops import triton_unified_attention as upstream
 
 from vllm_pasta.integration.worker import lse, triton_lse
