@@ -5,6 +5,7 @@ end to a session that hangs. README.md beside this file says what each part take
 """
 
 import faulthandler
+import functools
 import gc
 import os
 from pathlib import Path
@@ -19,13 +20,14 @@ os.environ.update(
 )
 if not os.path.exists("/dev/nvidia0"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when torch imports triton
+os.environ["PYTHONPATH"] = os.pathsep.join(  # of all that tests start
+    [str(Path(__file__).parent / "support" / "startup"), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
 
 import pytest
-import torch
-from models import byte_tokenizer, tiny_llama
+from startup import sitecustomize as sitecustomize  # this process too
 
-from vllm_pasta.cli.smollm2 import model_path
-from vllm_pasta.verify.oracle import Oracle
+# torch and what imports it only where it is needed: pytest-xdist's first process needs none of it.
 
 ALL_CORES = sorted(os.sched_getaffinity(0))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...; None without pytest-xdist
@@ -34,6 +36,8 @@ if WORKER:
     # pools on one core stop one another.
     count = min(int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), len(ALL_CORES))
     os.sched_setaffinity(0, ALL_CORES[int(WORKER[2:]) % count :: count])
+    import torch
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 CORES = os.sched_getaffinity(0)
 
@@ -47,6 +51,7 @@ KINDS = {  # folder, and marker -> how long one test may take, in seconds, on th
 SESSION_SECONDS = 80 * 60  # continuous integration stops at 90 minutes, and shows nothing then
 # Workers take the first group that nobody has yet, so what takes long comes first.
 FIRST = ("server", "gpu", "upstream", "engine", "unit")
+LAST = ("test_api_servers",)  # of their folder
 
 
 LASTING = "VLLM_USE_BREAKABLE_CUDAGRAPH"
@@ -63,7 +68,7 @@ def start(model, **options):
     from vllm import LLM, envs
     from vllm.v1.engine import core
 
-    inspect_models_here()
+    many_in_a_process()
     envs.disable_envs_cache()  # else a variable that a test sets is not seen
     # Engines of one process share its process groups: one that ends must leave them to the others.
     core.cleanup_dist_env_and_memory = lambda: None
@@ -84,13 +89,24 @@ def start(model, **options):
         os.sched_setaffinity(0, CORES)  # vLLM binds this thread, and what it starts inherits that
 
 
-def inspect_models_here():
-    """vLLM reads what a model class can do in a process of its own, which imports all of vLLM, once
-    for every architecture: "to avoid initializing CUDA", of which there is none to initialise."""
+@functools.cache
+def many_in_a_process():
+    """Spares every start but the first what vLLM does once where a process starts one engine."""
     from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
 
-    if not torch.cuda.is_available():
-        registry._run_in_subprocess = lambda inspect: inspect()
+    if has_gpu():
+        return
+    # What a model class can do is read in a process of its own, which imports all of vLLM, once
+    # for every architecture: "to avoid initializing CUDA", of which there is none to initialise.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    # A second of looking at every name of every module, for what the first engine has replaced.
+    # Over some of numba's, which drafting by n-grams brings, a second search would trip, too.
+    current_platform.register_triton_kernel_overrides = functools.cache(
+        current_platform.register_triton_kernel_overrides
+    )
+    # Half a second of looking for garbage among what was imported, when an engine ends.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -111,22 +127,32 @@ def engine():
 
 @pytest.fixture(scope="session")
 def smollm2():
+    from vllm_pasta.cli.smollm2 import model_path
+
     return model_path()
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A random Llama: 4 layers, 4 query heads on 2 KV heads, head size 32, a token per byte."""
+    from models import byte_tokenizer, tiny_llama
+
     return byte_tokenizer(tiny_llama(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="session")
 def tiny_oracle(tiny):
+    from vllm_pasta.verify.oracle import Oracle
+
     return Oracle(tiny)
 
 
 @pytest.fixture(scope="session")
 def smollm2_oracle(smollm2):
+    import torch
+
+    from vllm_pasta.verify.oracle import Oracle
+
     return Oracle(smollm2, torch.float32)
 
 
@@ -172,10 +198,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(KINDS[kind]))
         if WORKER and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(group(item, kind)))
-        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if WORKER:
-        items.sort(key=lambda item: FIRST.index(kind_of(item)))
+        # test_disaggregated, which comes first, has as many processes.
+        items.sort(key=lambda item: (FIRST.index(kind_of(item)), item.path.stem in LAST))
+
+
+@functools.cache
+def has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def kind_of(item):
@@ -184,8 +218,6 @@ def kind_of(item):
 
 def group(item, kind):
     """Tests of one group run on one worker, one after the other."""
-    if kind == "server":
-        return kind  # else servers of several tests would run at once
     if kind in ("engine", "gpu") and hasattr(item, "callspec"):
         for fixture in ("run", "model"):  # of a module, and costly for each of its parameters
             if fixture in item.callspec.params:

@@ -26,7 +26,7 @@ BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 def selected():
     done = subprocess.run(
         [sys.executable, SUPPORT / "selection_job.py"],
-        env={**os.environ, "PYTHONPATH": str(SUPPORT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ["PYTHONPATH"]])},
         capture_output=True,
         text=True,
     )
