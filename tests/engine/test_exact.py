@@ -3,6 +3,7 @@
 Broken by: a wrong bias, head, layer, row, span, prompt end or batch row; a skipped chunk or step.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -112,12 +113,18 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_oracle):
+@functools.cache
+def answers(oracle):
+    """Its own to each of `CASES`; once for all test files of a worker."""
     return {
-        name: tiny_oracle.generate(case.prompt, case.max_tokens, case.steering)
+        name: oracle.generate(case.prompt, case.max_tokens, case.steering)
         for name, case in CASES.items()
     }
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_oracle):
+    return answers(tiny_oracle)
 
 
 def run(llm, cases):

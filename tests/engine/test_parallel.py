@@ -13,6 +13,11 @@ SPLITS = {
     # that only a compiled model gets.
     "pipeline": {"pipeline_parallel_size": 2, "enforce_eager": False},
 }
+FEW = (
+    "plain", "one span", "all heads", "only the last layer", "span across a chunk's edge",
+    "strengths: overlapping", "share: of all heads",
+)  # fmt: skip
+"""A step of two processes that wait for each other takes its time."""
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -22,6 +27,6 @@ def test_equals_the_oracle(split, engine, tiny, expected, all_cores, monkeypatch
     llm = engine(
         tiny, skip_tokenizer_init=True, block_size=32, max_num_batched_tokens=64, **SPLITS[split]
     )
-    for name, output in zip(CASES, run(llm, list(CASES.values())), strict=True):
+    for name, output in zip(FEW, run(llm, [CASES[name] for name in FEW]), strict=True):
         check(output, expected[name])
     llm.llm_engine.engine_core.shutdown()
