@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.verify.oracle import Oracle, Steering
 
-KINDS = ("qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3")
+KINDS = ("qwen2_5_vl", "qwen3_vl", "gemma3", "gemma4", "mistral3")
 ALL = {layer: [0, 1, 2, 3] for layer in range(4)}
 FILLER = "One two three four five six seven eight nine ten eleven twelve. "
 IMAGE_TOKEN = 5

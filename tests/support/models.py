@@ -116,6 +116,12 @@ MLA = {  # model type -> multi-head latent attention
 LAST_NORMS = ("model.norm.weight", "transformer.ln_f.weight", "model.embedding_norm.weight")
 
 
+def _soften_gemma4(model_type, name, parameter):
+    """It does not scale down what it attends by: else its wide heads see one key alone."""
+    if model_type.startswith("gemma4") and name.endswith("self_attn.q_norm.weight"):
+        torch.nn.init.constant_(parameter, 0.2)
+
+
 def tiny_model(folder, model_type, dtype=torch.float32, **options):
     """Saves a random model of 4 layers, one of ATTENTION_KINDS, HYBRIDS or MLA, or a Jamba."""
     torch.manual_seed(0)
@@ -140,8 +146,7 @@ def tiny_model(folder, model_type, dtype=torch.float32, **options):
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter, 1.0)
-        if model_type == "gemma4_text" and name.endswith("q_norm.weight"):
-            torch.nn.init.constant_(parameter, 0.2)  # else heads of 512 attend to one key alone
+        _soften_gemma4(model_type, name, parameter)
         if config.tie_word_embeddings and name in LAST_NORMS:
             # Else the last token is repeated for ever. Gemma adds 1.
             torch.nn.init.normal_(parameter, -1.0 if model_type == "gemma2" else 0.0)
@@ -185,6 +190,17 @@ MULTIMODAL = {  # model type -> its language model's options, and the rest
         {"vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 5,
          "boi_token_index": 7, "eoi_token_index": 8},
     ),
+    "gemma4": (  # the last two layers use the KV cache of others
+        {"sliding_window": WINDOW, "layer_types": _MIXED, "global_head_dim": 32,
+         "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0,
+         "vocab_size_per_layer_input": 256},
+        {"vision_config": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+                           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+                           "patch_size": 4, "pooling_kernel_size": 3, "initializer_range": 0.1,
+                           "position_embedding_size": 64, "default_output_length": 70},
+         "audio_config": None, "image_token_id": 5, "video_token_id": 6, "boi_token_id": 7,
+         "eoi_token_id": 8, "audio_token_id": 9, "boa_token_id": 10, "eoa_token_index": 11},
+    ),
     "mistral3": (
         {"model_type": "mistral"},
         {"vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 32},
@@ -211,6 +227,8 @@ def tiny_multimodal(folder, model_type, dtype=torch.float32):
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     # It never says what stands for an image in prompts: transformers would look for its features.
     torch.nn.init.zeros_(model.lm_head.weight[5:7])
+    for name, parameter in model.named_parameters():
+        _soften_gemma4(model_type, name, parameter)
     model.to(dtype).save_pretrained(folder)
     if model_type == "gemma3":  # as published; transformers 5 saves another name, and reads both
         weights = load_file(folder / "model.safetensors")

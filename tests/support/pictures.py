@@ -10,6 +10,10 @@ from transformers import (
     AutoTokenizer,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
     Qwen2_5_VLProcessor,
@@ -29,12 +33,14 @@ IMAGE = {  # model type -> what a prompt says where an image is
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
+    "gemma4": "<|image|>",
     "mistral3": "[IMG]",
 }
 AROUND = {  # model type -> tokens that the processor puts before and after those of an image
     "qwen2_5_vl": (1, 1),
     "qwen3_vl": (1, 1),
     "gemma3": (2, 2),
+    "gemma4": (1, 1),
     "mistral3": (0, 1),
 }
 _QWEN = {5: "<|image_pad|>", 6: "<|video_pad|>", 7: "<|vision_start|>", 8: "<|vision_end|>"}
@@ -92,6 +98,22 @@ def _gemma3(folder, template):
     )
 
 
+def _gemma4(folder, template):
+    tokens = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+              "audio_token": "<|audio|>", "boa_token": "<|audio>",
+              "eoa_token": "<audio|>"}  # fmt: skip
+    added = dict(zip((5, 7, 8, 9, 10, 11), tokens.values(), strict=True)) | {6: "<|video|>"}
+    sizes = {"patch_size": 4, "pooling_kernel_size": 3, "max_soft_tokens": 70}  # the fewest
+    return Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(**sizes),
+        _tokenizer(folder, added, extra_special_tokens=tokens),
+        Gemma4VideoProcessor(**sizes),
+        chat_template=template,
+        image_seq_length=70,
+    )
+
+
 def _mistral3(folder, template):
     return PixtralProcessor(
         PixtralImageProcessor(size={"longest_edge": 84}, patch_size=14),
@@ -111,6 +133,7 @@ _PROCESSORS = {
     "qwen3_vl": _qwen3_vl,
     "qwen3_5": _qwen3_vl,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "mistral3": _mistral3,
 }
 

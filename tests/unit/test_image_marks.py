@@ -1,12 +1,16 @@
 """Images in a prompt: which tokens of it are which of its text, and which a mark points at."""
 
 import pytest
+from models import byte_tokenizer
+from transformers import AutoTokenizer
 
 from vllm_pasta.errors import EmphasisError
 from vllm_pasta.request.chat import Chat, Images
 from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.heads import HeadSet
+from vllm_pasta.request.locate import Locator
 from vllm_pasta.request.marks import Mark
+from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import KEY, Resolution, ResolvedEmphasis
 from vllm_pasta.request.tokens import spliced
 
@@ -145,6 +149,21 @@ def test_widened():
     assert IMAGES.widened(marks) == marks
     both = Images(IMAGES.held, IMAGES.features, both_ways=True)
     assert both.widened(marks) == [((0, 8), 1.0), ((8, 12), 0.5), ((12, 24), 1.0)]
+
+
+def test_characters_of_a_placeholder(tmp_path):
+    """They mark the image, though a tokenizer may count its tokens as special ones (Gemma 4)."""
+    byte_tokenizer(tmp_path, {5: "<image>"}, extra_special_tokens={"image_token": "<image>"})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert 5 in tokenizer.all_special_ids
+    text, ids = "see <image> here", tokenizer("see <image><image><image> here")["input_ids"]
+    images = Images(held=((4, 7),), features=(((4, 7),),))
+    marked = Emphasis.parse({KEY: {"chars": [[4, 11]]}})
+    off = Markup("off", "emphasis", True)
+    located = Locator(lambda: tokenizer).locate(marked, off, ids, text, None, images=images)
+    assert located.spans == ((4, 7),)
+    with pytest.raises(EmphasisError, match="nothing but special tokens"):
+        Locator(lambda: tokenizer).locate(marked, off, ids[:5] + ids[7:], text, None)
 
 
 def test_report():

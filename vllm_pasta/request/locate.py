@@ -197,7 +197,7 @@ class Locator:
             places += [(a, b, mark.field, mark.alpha) for a, b in ranges]
         check_count(len(emphasis.spans) + len(places))
         spans = [(tokenized.tokens(a, b, field), alpha) for a, b, field, alpha in places]
-        self._check_not_special(ids, [span for span, _ in spans])
+        self._check_not_special(ids, [span for span, _ in spans], images)
         return Located((*_given(emphasis), *spans), ids, tokenized)
 
     def _read(
@@ -302,9 +302,12 @@ class Locator:
             field="emphasis.markup",
         )
 
-    def _check_not_special(self, ids: Sequence[int], spans: Sequence[Span]) -> None:
+    def _check_not_special(self, ids: Sequence[int], spans: Sequence[Span], images: Images) -> None:
         special = set(getattr(self._tokenizer, "all_special_ids", ()))
+        seen = [span for ranges in images.features for span in ranges]  # whatever their tokens are
         for start, end in spans:
+            if any(a < end and b > start for a, b in seen):
+                continue
             if special.issuperset(ids[start:end]):
                 text = self._decode(list(ids[start:end]))
                 raise EmphasisError(
