@@ -12,6 +12,7 @@ backend for CPUs, what a GPU can do, that this is one when `support` asks, and w
 """
 # ruff: noqa: E402
 
+import gc
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ import torch
 
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
+import interpreter
 import sleeping
 from gpu_stand_ins import LSE_CALLS, STAND_INS
 from models import random_ids
@@ -106,7 +108,10 @@ def main(model, backend, other=None):
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
 
+    interpreter.few_programs()
+
     def start(speculative=None):
+        gc.freeze()  # else vLLM looks for garbage among all that was imported, ten times a start
         return LLM(
             model,
             dtype="float32",
