@@ -7,6 +7,8 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from models import byte_tokenizer
+from transformers import AutoConfig
 
 from vllm_pasta.cli import main
 
@@ -28,6 +30,20 @@ def test_text(explain):
     assert status == 0
     assert "Name three colours.« Answer in JSON.» Be brief." in out
     assert "4 of 11 tokens emphasised: [4, 8)" in out
+
+
+def test_layers_that_have_heads(tmp_path, capsys):
+    """Of a hybrid model, by its configuration; its weights are not there."""
+    AutoConfig.for_model(
+        "granitemoehybrid", layer_types=["mamba", "attention"] * 2, num_hidden_layers=4
+    ).save_pretrained(byte_tokenizer(tmp_path))
+    command = ["explain", "--model", str(tmp_path), "--prompt", "a b c", "--emphasis"]
+    assert main([*command, '{"text": "b", "heads": {"3": [0]}}']) == 0
+    assert "layers with attention heads: 1, 3" in capsys.readouterr().out
+    assert main([*command, "b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["attention_layers"] == [1, 3]
+    assert main([*command, '{"text": "b", "heads": {"2": [0]}}']) == 1
+    assert "layer 2 has no attention heads" in capsys.readouterr().err
 
 
 def test_json(explain):

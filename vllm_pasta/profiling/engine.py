@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_pasta import __version__
 from vllm_pasta.profiling.methods import Head
-from vllm_pasta.request.shape import attention_layers, layer_heads
+from vllm_pasta.request.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +19,9 @@ def every_head(model: str) -> list[Head]:
     """All heads of a model by its configuration, in order; layers without attention have none."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    count = config.num_hidden_layers
-    heads = layer_heads(config, count) or (config.num_attention_heads,) * count
+    shape = ModelShape.of(AutoConfig.from_pretrained(model).get_text_config())
     return [
-        (layer, head) for layer in attention_layers(config, count) for head in range(heads[layer])
+        (layer, head) for layer in shape.attention_layers for head in range(shape.heads_of(layer))
     ]
 
 

@@ -26,6 +26,19 @@ class ModelShape:
     attention_layers: tuple[int, ...]
     layer_heads: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, text_config: Any) -> "ModelShape":
+        """By the configuration of the language model, as transformers reads it."""
+        count = text_config.num_hidden_layers
+        heads = layer_heads(text_config, count)
+        most = max(heads, default=text_config.num_attention_heads)
+        return cls(count, most, attention_layers(text_config, count), heads)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some of its layers have no attention heads."""
+        return len(self.attention_layers) < self.num_layers
+
     def heads_of(self, layer: int) -> int:
         """Query heads of one layer, if it has attention."""
         return self.layer_heads[layer] if self.layer_heads else self.num_heads
@@ -42,7 +55,7 @@ class ModelShape:
         fewest = min(self.layer_heads, default=self.num_heads)
         heads = f"{fewest} to " * (fewest < self.num_heads) + str(self.num_heads)
         text = f"{self.num_layers} layers of {heads} query heads"
-        if len(self.attention_layers) < self.num_layers:
+        if self.is_hybrid:
             text += f", {len(self.attention_layers)} of them with attention"
         return text
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from vllm_pasta.cli.explain import attention
 from vllm_pasta.cli.explain.show import show, to_json, write_html
-from vllm_pasta.cli.explain.source import load_chat, load_tokenizer
+from vllm_pasta.cli.explain.source import load_chat, load_shape, load_tokenizer
 from vllm_pasta.cli.options import json_object
 from vllm_pasta.errors import PastaError
 from vllm_pasta.request.emphasis import Emphasis
 from vllm_pasta.request.head_sets.library import bundled
-from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet
+from vllm_pasta.request.heads import DEFAULT_ALPHA, HeadSet, ranges
 from vllm_pasta.request.locate import Locator
 from vllm_pasta.request.markup import Markup
 from vllm_pasta.request.resolution import KEY, check_share
@@ -87,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
     alpha, alpha_from = strength(emphasis)
     if emphasis.share is not None:
         check_share(emphasis.share, "request", located.factors)
+    shape = load_shape(args.model)
+    if shape is not None and isinstance(emphasis.heads, HeadSet):
+        shape.check(emphasis.heads)
     told = None
     if args.attention is not False:
         given = {"heads": emphasis.heads, "alpha": emphasis.alpha, "share": emphasis.share}
@@ -107,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             report |= {"alpha": alpha, "alpha_from": alpha_from}
         else:
             report |= {"share": emphasis.share, "share_from": "request"}
+        if shape is not None and shape.is_hybrid:
+            report["attention_layers"] = list(shape.attention_layers)
         print(json.dumps(report, ensure_ascii=False, indent=1))
     else:
         show(tokenizer, located, sys.stdout)
@@ -120,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         elif alpha is not None:
             unless = ", unless the server has its own" if alpha_from == "head set" else ""
             print(f"α {alpha:g}, from the {alpha_from}{unless}")
+        if shape is not None and shape.is_hybrid:
+            print(f"layers with attention heads: {ranges(shape.attention_layers)}")
     return 0
 
 

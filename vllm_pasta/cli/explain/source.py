@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm_pasta.errors import EmphasisError, PastaError
 from vllm_pasta.request.chat import Chat
+from vllm_pasta.request.shape import ModelShape
 
 
 def load_tokenizer(model: str) -> Any:
@@ -19,6 +20,17 @@ def load_tokenizer(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as e:
         raise PastaError(f"--model {model}: no tokenizer there: {str(e).splitlines()[0]}") from e
+
+
+def load_shape(model: str) -> ModelShape | None:
+    """The model's layers and heads; None where there is a tokenizer alone, or a configuration that
+    does not say them."""
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(model).get_text_config())
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def load_chat(tokenizer: Any, text: str) -> Chat:
