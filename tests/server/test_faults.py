@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
-from servers import SERVE, VLLM, http, running
+from servers import SERVE, USUAL, VLLM, http, running
 
 PROMPT = "Previously, Ann lived in Rome. Currently, Ann lives in Oslo. Ann lives in"
 FACT = "Ann lives in Oslo"
@@ -21,7 +21,7 @@ def server(smollm2, tmp_path):
     heads = tmp_path / "heads.json"
     heads.write_text(json.dumps(HEADS))
     command = [VLLM, "serve", smollm2, *SERVE, "--pasta-heads", heads, "--shutdown-timeout", "60"]
-    with running([(command, {"VLLM_PLUGINS": "pasta"})], tmp_path) as (url,):
+    with running([(command, {"VLLM_PLUGINS": "pasta", **USUAL})], tmp_path) as (url,):
         yield url, heads
 
 

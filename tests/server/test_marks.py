@@ -281,7 +281,7 @@ def test_fuzz(http):
     messages: an answer or a 400 with a message, and never an error of the server's.
     VLLM_PASTA_FUZZ says how many. A plain request beside them always gets the same answer."""
     rng = random.Random(1)
-    count = int(os.environ.get("VLLM_PASTA_FUZZ", "300"))
+    count = int(os.environ.get("VLLM_PASTA_FUZZ", "150"))
     bodies = []
     for i in range(count):
         name = "messages" if i % 2 else "prompt"

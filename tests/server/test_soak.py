@@ -4,12 +4,12 @@ And that its judge sees what it is there to see: `python -m benchmarks.soak` run
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from servers import environment
 
 from benchmarks.soak.client import Answer
 from benchmarks.soak.judge import Judge
@@ -23,14 +23,13 @@ def test_a_short_run(smollm2, tmp_path):
     """Steered, plain and refused requests, whole and streamed: none is answered wrongly."""
     result = tmp_path / "result.json"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--model", smollm2, "--requests", "40",
-         "--minutes", "3", "--rate", "2", "--judge", "0.7", "--json", result],
-        cwd=ROOT, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True, text=True,
+        [sys.executable, "-m", "benchmarks.soak", "--model", smollm2, "--requests", "30",
+         "--minutes", "3", "--rate", "4", "--judge", "0.7", "--json", result],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     figures = json.loads(result.read_text())
-    assert figures["requests"] == 40
+    assert figures["requests"] == 30
     assert figures["wrong_answers"] == figures["faults"] == figures["server_errors"] == 0
     assert figures["judged_steered"] > 5
     assert figures["refused_as_expected"] > 0

@@ -19,6 +19,11 @@ SERVE = ("--served-model-name", "m", "--host", "127.0.0.1", "--dtype", "float32"
          "--enforce-eager", "--max-model-len", "1024", "--gpu-memory-utilization", "0.05",
          "--plugin", "pasta")  # fmt: skip
 
+USUAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""As a user's server: its worker in a process of its own. That imports all of vLLM once more, and
+it and the engine core wait busily for each other, so most servers of the tests have one for both.
+"""
+
 # httpx gives up after 5 seconds, which a machine with other work beside it can take to answer. Only
 # a server that hangs takes as long as this: tests/conftest.py ends a test that does.
 http = httpx.Client(timeout=300)
@@ -26,11 +31,11 @@ START_SECONDS = 600  # all that a start takes where there are two slow cores and
 
 
 def environment(**changes):
-    """As a user's: nothing of what conftest sets for in-process engines."""
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    """As a user's, but that vLLM may run the worker in the engine core's process (see `USUAL`)."""
     cores = ",".join(map(str, sorted(CORES)))
     return {
-        **env, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, **changes
+        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": cores, **changes,
     }  # fmt: skip
 
 
