@@ -144,6 +144,8 @@ def test_attention(run):
     """What a prompt's last token attends to, plain and emphasised, as the oracle has it."""
     from gpu_job import WATCHED
 
+    if "seen" not in run.report:
+        pytest.skip("two stages are not looked into")
     seen = run.report["seen"]
     marked = [i for start, end in WATCHED["spans"] for i in range(start, end)]
     for kind, weights in run.looks.items():
