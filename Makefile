@@ -26,21 +26,17 @@ $(STAMP): $(PINNED)
 demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
 	$(VENV)/bin/vllm-pasta demo
 
-# Tests of servers run alone, with every core: their processes wait busily for each other. The others
-# run on two workers with half of the cores each, since most of a test is Python; tests that need the
-# same engine share a worker (tests/conftest.py).
+# Two workers with half of the cores each, since most of a test is Python. Tests that need the same
+# server or engine share a worker, and what takes long comes first (tests/conftest.py).
 WORKERS ?= 2
-PYTEST = $(VENV)/bin/pytest -q -ra --durations=10
-DEALT = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(VENV)/bin/pytest -q -ra --durations=20 -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: check ## linters, type checker, tests (WORKERS=4 on a larger machine)
-	$(PYTEST) tests/server
-	$(PYTEST) $(DEALT) tests/unit tests/engine tests/gpu tests/upstream
+	$(PYTEST)
 
 test-all: check ## and slow variants of them
 	$(VENV)/bin/pip install --quiet "ray>=2.40,<3"
-	$(PYTEST) -m "" tests/server
-	$(PYTEST) -m "" $(DEALT) tests/unit tests/engine tests/gpu tests/upstream
+	$(PYTEST) -m ""
 
 upstream: $(STAMP) ## what another vLLM changes that the plugin builds on: VERSION=0.33.0
 	$(VENV)/bin/python -m tools.check_upstream $(VERSION)
@@ -68,7 +64,7 @@ check: $(STAMP) ## linters, type checker, import rules, links of the documents
 	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 
 fast: check ## the checks and the unit tests: before every commit
-	$(PYTEST) $(DEALT) tests/unit
+	$(PYTEST) tests/unit
 
 format: $(STAMP) ## format the code as `make check` wants it
 	$(VENV)/bin/ruff check --fix .
