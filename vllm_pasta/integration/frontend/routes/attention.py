@@ -38,6 +38,7 @@ def check(vllm_config: Any) -> None:
     for wrong, why in (
         (whole, f"prompts run in whole CUDA graphs (cudagraph_mode {graphs.name})"),
         (parallel.data_parallel_size > 1, "it is data parallel"),
+        (parallel.pipeline_parallel_size > 1, "its layers are in several pipeline stages"),
         (parallel.worker_extension_cls != WATCHER, "it has another worker_extension_cls"),
     ):
         if wrong:
