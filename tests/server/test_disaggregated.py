@@ -23,7 +23,7 @@ import pytest
 import zmq
 from conftest import ALL_CORES
 from models import random_ids
-from servers import SERVE, VLLM, free_port, http, metric, running
+from servers import SERVE, USUAL, VLLM, free_port, http, metric, running
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
@@ -97,6 +97,7 @@ def cluster(smollm2, tmp_path_factory):
         ]  # fmt: skip
         env = {
             "VLLM_PLUGINS": "pasta",
+            **USUAL,
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             "VLLM_CPU_OMP_THREADS_BIND": str(ALL_CORES[i % len(ALL_CORES)]),
