@@ -96,7 +96,7 @@ class Client:
         self._start = time.monotonic()
         places = asyncio.Semaphore(MOST_IN_FLIGHT)
         tasks: set[asyncio.Task[None]] = set()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=ANSWER_SECONDS, limits=limits) as self._http:
             for _ in range(self._most):
                 since = time.monotonic() - self._start

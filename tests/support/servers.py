@@ -26,7 +26,9 @@ it and the engine core wait busily for each other, so most servers of the tests 
 
 # httpx gives up after 5 seconds, which a machine with other work beside it can take to answer. Only
 # a server that hangs takes as long as this: tests/conftest.py ends a test that does.
-http = httpx.Client(timeout=300)
+# Each request has a connection of its own: uvicorn closes one that was idle for 5 seconds, and a
+# request that is sent on it at that moment is lost.
+http = httpx.Client(timeout=300, limits=httpx.Limits(max_keepalive_connections=0))
 START_SECONDS = 600  # all that a start takes where there are two slow cores and other work
 
 
