@@ -6,8 +6,9 @@ Requests of every way of marking, plain ones, some that must be refused, streams
 in mid-stream, n = 2, a LoRA adapter, structured outputs and chats with growing history arrive at a
 changing rate. A small KV cache makes the prefix cache evict and requests be preempted. Sampled
 answers are judged by the oracle on transformers: every log-probability, and every greedy token.
-Ends with 1 if an answer is wrong, or a request did not end as it should. Traffic goes to this
-machine alone.
+Ends with 1 if an answer is wrong, or a request did not end as it should, or the server died, which
+ends the run at once. The figures so far are written every half minute, so that an interrupted run
+leaves them. Traffic goes to this machine alone.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ START_SECONDS = 600
 
 
 @contextmanager
-def server(options: argparse.Namespace, log: Path, adapter: Path) -> Iterator[tuple[str, int]]:
-    """A server with few KV blocks. Yields its address and its process's number."""
+def server(
+    options: argparse.Namespace, log: Path, adapter: Path
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server with few KV blocks. Yields its address and its process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -77,7 +80,7 @@ def server(options: argparse.Namespace, log: Path, adapter: Path) -> Iterator[tu
                     break
             except httpx.HTTPError:
                 time.sleep(1)
-        yield url, process.pid
+        yield url, process
     finally:
         process.terminate()
         try:
@@ -96,7 +99,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         write(oracles[ADAPTER].model, Path(folder) / ADAPTER, options.seed)
         merge(oracles[ADAPTER].model, Path(folder) / ADAPTER)
         say("starting the server …")
-        with server(options, Path(folder) / "log", Path(folder) / ADAPTER) as (url, pid):
+        log = Path(options.log or Path(folder) / "log")
+        with server(options, log, Path(folder) / ADAPTER) as (url, process):
             known = httpx.get(f"{url}/v1/emphasis/head_sets", timeout=60).json()["head_sets"]
             sets = {
                 name: {int(layer): heads for layer, heads in described["heads"].items()}
@@ -105,30 +109,63 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             tokenizer = AutoTokenizer.from_pretrained(options.model)
             traffic = Traffic(tokenizer, size, sets, options.seed, tuple(oracles))
             judge = Judge(oracles, options.judge, options.seed)
-            watch = Watch(url, pid, every=max(1.0, seconds / 200))
+            watch = Watch(url, process.pid, every=max(1.0, seconds / 200))
             client = Client(
                 url, traffic, options.rate, seconds, options.requests, judge.put, options.seed
             )
+
+            def save() -> None:
+                if options.json:
+                    write_json(options, report.figures(client.counts, judge, watch))
+
             try:
-                asyncio.run(_show(client, judge, seconds))
+                asyncio.run(show(client, judge, process, seconds, save))
             finally:
                 watch.close()
                 judge.close()
             return report.figures(client.counts, judge, watch), client.counts
 
 
-async def _show(client: Client, judge: Judge, seconds: float) -> None:
-    """Runs the client, and says every half minute how far it is."""
+def write_json(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes the figures, so far or in the end; what was there stays if that fails."""
+    path = Path(options.json)
+    new = path.with_name(path.name + ".new")
+    new.write_text(
+        json.dumps({**describe("soak", options), **figures}, indent=1) + "\n", encoding="utf-8"
+    )
+    new.replace(path)
+
+
+async def show(
+    client: Client,
+    judge: Judge,
+    process: subprocess.Popen[bytes],
+    seconds: float,
+    save: Callable[[], None],
+) -> None:
+    """Runs the client, and every half minute says how far it is, and saves the figures.
+
+    Where the server has ended there is nothing to wait for, and the run ends too.
+    """
     task = asyncio.create_task(client.run())
-    begin = time.monotonic()
+    begin = said = time.monotonic()
     while not task.done():
-        await asyncio.wait([task], timeout=30)
-        counts = client.counts
-        say(
-            f"{(time.monotonic() - begin) / 60:.1f} of {seconds / 60:.1f} min: "
-            f"{sum(counts.kinds.values())} requests, {judge.judged} judged, "
-            f"{len(judge.wrong)} wrong, {counts.fault_count} faults"
-        )
+        await asyncio.wait([task], timeout=1)
+        now, counts = time.monotonic(), client.counts
+        minutes = (now - begin) / 60
+        if now - said >= 30 or task.done():
+            said = now
+            say(
+                f"{minutes:.1f} of {seconds / 60:.1f} min: "
+                f"{sum(counts.kinds.values())} requests, {judge.judged} judged, "
+                f"{len(judge.wrong)} wrong, {counts.fault_count} faults"
+            )
+            save()
+        if process.poll() is not None and not task.done():
+            counts.fault(f"the server ended after {minutes:.1f} minutes: see its log (--log)")
+            task.cancel()
+            await asyncio.wait([task])
+            return
     await task
 
 
@@ -150,6 +187,7 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int, default=1536, help="size of the KV cache (1536)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other traffic")
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.add_argument("--log", metavar="FILE", help="keep what the server prints here")
     parser.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
     options = parser.parse_args()
     if options.model is None:
@@ -158,10 +196,9 @@ def main() -> None:
         options.model = str(model_path())
     options.dtype, options.eager, options.runs = "float32", True, 1
     result, counts = run(options)
-    result = {**describe("soak", options), **result}
     print(report.text(result))
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options, result)
     if options.plot:
         report.draw(counts, result, Path(options.plot))
     if found := report.problems(result):

@@ -14,7 +14,7 @@ def figures(counts: Counts, judge: Judge, watch: Watch) -> dict[str, Any]:
     """All that was counted, as JSON has it."""
     latencies = [seconds for _, seconds in counts.latencies]
     half = len(latencies) // 2
-    last = watch.samples[-1]
+    last = watch.samples[-1] if watch.samples else {"files": None}
     return {
         "requests": sum(counts.kinds.values()),
         "answered": counts.answered,
@@ -39,7 +39,7 @@ def figures(counts: Counts, judge: Judge, watch: Watch) -> dict[str, Any]:
         "refused": dict(counts.refused.most_common()),
         "server": {name: last.get(name) for name in METRICS.values()},
         "mib_an_hour": watch.slopes(),
-        "open_files": [watch.samples[0]["files"], last["files"]],
+        "open_files": [watch.samples[0]["files"] if watch.samples else None, last["files"]],
         "samples": watch.samples,
     }
 

@@ -1,4 +1,4 @@
-"""Memory, open files and vLLM's counters of a server's processes, sampled over time."""
+"""Memory, processor time, open files and counters of a server's processes, sampled over time."""
 
 import statistics
 import threading
@@ -46,12 +46,15 @@ class Watch:
 
     def _sample(self) -> None:
         sample: dict[str, Any] = {"seconds": round(time.monotonic() - self._start, 1), "mib": {}}
+        sample["processor_s"] = {}
         files = 0
         with suppress(psutil.Error):
             for process in (self._process, *self._process.children(recursive=True)):
                 with suppress(psutil.Error):
                     name = f"{process.name()} {process.pid}"
                     sample["mib"][name] = round(process.memory_info().rss / 2**20, 1)
+                    times = process.cpu_times()
+                    sample["processor_s"][name] = round(times.user + times.system, 1)
                     files += process.num_fds()
         sample["files"] = files
         with suppress(httpx.HTTPError):

@@ -3,17 +3,20 @@
 And that its judge sees what it is there to see: `python -m benchmarks.soak` runs for hours.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from servers import environment
 
-from benchmarks.soak.client import Answer
+from benchmarks.soak.__main__ import show
+from benchmarks.soak.client import Answer, Client
 from benchmarks.soak.judge import Judge
-from benchmarks.soak.traffic import Ask
+from benchmarks.soak.traffic import Ask, Traffic
 from vllm_pasta.verify.oracle import Steering
 
 ROOT = Path(__file__).parents[2]
@@ -62,3 +65,16 @@ def test_the_judge_sees_a_leak(asked, given, answers, tiny_oracle):
     judge.put(answers[asked, given])
     judge.close()
     assert (len(judge.wrong), judge.judged) == (int(asked != given), 1)
+
+
+def test_a_server_that_ends_ends_the_run(tiny_oracle):
+    """The run of an hour does not go on against nothing, and counts the death as a fault."""
+    server = subprocess.Popen([sys.executable, "-c", ""])
+    server.wait()
+    judge = Judge({"m": tiny_oracle}, share=1.0, seed=0)
+    # No request is sent: the first would come after some minutes.
+    client = Client("http://127.0.0.1:9", cast(Traffic, None), 1e-6, 3600, 10, judge.put, 0)
+    asyncio.run(show(client, judge, server, 3600, save=lambda: None))
+    judge.close()
+    assert client.counts.fault_count == 1
+    assert "the server ended" in client.counts.faults[0]
