@@ -3,12 +3,17 @@
 import json
 import math
 import pickle
+from contextlib import nullcontext
 
 import nltk
 import pytest
 
 from vllm_pasta import tasks
 from vllm_pasta.errors import PastaError
+from vllm_pasta.profiling import methods
+from vllm_pasta.profiling.asker import Asker
+from vllm_pasta.profiling.evaluation import evaluate
+from vllm_pasta.profiling.store import Store, Trial
 from vllm_pasta.tasks import ifeval
 from vllm_pasta.tasks.base import Answer, Task
 from vllm_pasta.tasks.data import SHARES, split_of
@@ -178,6 +183,24 @@ def test_ifeval_counts_each_instruction():
     assert (scores["prompt"], scores["instruction"]) == (0, pytest.approx(2 / 3))
 
 
+def test_ifeval_retains_the_plain_answer(tmp_path):
+    """Likeness to what the plain model says: only where that is asked, and of each example."""
+    task, store = tasks.load("ifeval"), Store(tmp_path / "answers.jsonl", {})
+    examples, steered = list(task.make())[:2], methods.steer("steered", [(0, 0)], 0.1)
+    told = {methods.PLAIN: ("by harbours", "of comets"), steered: ("BY HARBOURS", "of fish")}
+    store.add(
+        (Trial("ifeval", example, *task.probes(example), method), Answer(text))
+        for method, texts in told.items()
+        for example, text in zip(examples, texts, strict=True)
+    )
+    with Asker("no model", {}, store, nullcontext) as asker:  # the store has every answer
+        plain, other = evaluate(asker, task, examples, list(told))
+        (alone,) = evaluate(asker, task, examples, [steered])
+    assert plain.retained == pytest.approx(1.0)
+    assert other.retained == pytest.approx(0.5)
+    assert alone.retained is None
+
+
 def test_ifeval_splits_sentences_without_a_download(tmp_path, monkeypatch):
     """By the packaged model, which knows abbreviations; NLTK's own would be downloaded."""
     monkeypatch.setenv("VLLM_PASTA_CACHE", str(tmp_path))
@@ -227,7 +250,7 @@ def test_generators(name):
                 text="" if probe.choices else wanted,
                 logprobs=tuple(0.0 if choice == wanted else -1.0 for choice in probe.choices),
             )
-        scores = task.score(example, ideal)
+        scores = task.score(example, ideal) | task.beside_plain(example, ideal, ideal)
         assert scores.keys() >= {*task.columns, task.objective}
         for metric in task.columns.keys() - {"fluency", "consistency"}:
             assert scores[metric] == 1.0, metric

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from vllm_pasta.profiling.asker import Asker
 from vllm_pasta.profiling.estimates import Estimate
-from vllm_pasta.profiling.methods import Method
+from vllm_pasta.profiling.methods import PLAIN, Method
 from vllm_pasta.profiling.store import Trial
 from vllm_pasta.tasks import Answer, Example, Probe, Task
 
@@ -62,10 +62,16 @@ def evaluate(
     answers: dict[tuple[str, str], dict[str, Answer]] = defaultdict(dict)
     for trial, answer in zip(trials, asker.ask(trials, task.name), strict=True):
         answers[trial.method.key, trial.example.key][trial.probe.name] = answer
-    return [
-        _row(task, method, [task.score(e, answers[method.key, e.key]) for e in examples])
-        for method in methods
-    ]
+    plain_asked = any(method.key == PLAIN.key for method in methods)
+
+    def scores(method: Method, example: Example) -> dict[str, float]:
+        of = answers[method.key, example.key]
+        found = task.score(example, of)
+        if plain_asked:
+            found |= task.beside_plain(example, of, answers[PLAIN.key, example.key])
+        return found
+
+    return [_row(task, method, [scores(method, e) for e in examples]) for method in methods]
 
 
 def _probes(task: Task, example: Example, generate: bool) -> list[Probe]:

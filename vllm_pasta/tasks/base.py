@@ -127,3 +127,17 @@ class Task(ABC):
             example: The example.
             answers: Probe name -> answer.
         """
+
+    def beside_plain(
+        self, example: Example, answers: Mapping[str, Answer], plain: Mapping[str, Answer]
+    ) -> dict[str, float]:
+        """Further metrics of one example, by the plain model's answers to it; none by default.
+
+        They are reported where the plain model is asked, too, as `profile` always does.
+
+        Args:
+            example: The example.
+            answers: Probe name -> answer.
+            plain: Probe name -> the plain model's answer.
+        """
+        return {}

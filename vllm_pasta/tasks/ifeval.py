@@ -39,8 +39,10 @@ class IfEval(Task):
         "prompt, loose": "all are, or would be without first or last line, or stars; the same",
         "instruction, loose": "share of those; the same",
         "fluency": "entropy of the answer's bigrams and trigrams",
+        "consistency": "likeness of the answer to the plain model's",
     }
     judged = ("prompt", "instruction")
+    retained = ("consistency",)
     objective = "instruction"
 
     def __init__(self) -> None:
@@ -94,6 +96,11 @@ class IfEval(Task):
             "instruction, loose": passes * scores.partial_loose,
             "fluency": measure,
         }
+
+    def beside_plain(
+        self, example: Example, answers: Mapping[str, Answer], plain: Mapping[str, Answer]
+    ) -> dict[str, float]:
+        return {"consistency": consistency(answers["answer"].text, plain["answer"].text)}
 
 
 @cache
