@@ -23,9 +23,11 @@ class Request:
     prompt_len: int | None = None
     alpha: float = 0.01
     share: float | None = None
+    factors: tuple[float, ...] = ()  # of the spans, where they are not all 1
 
 
 REQUESTS = [
+    Request(88, 1, ((4, 40), (40, 50)), (0, 3), prompt_len=80, factors=(0.1, 1.4)),
     Request(17, 1, ((3, 9),), (0, 4), prompt_len=12),
     Request(97, 1),
     Request(120, 1, ((20, 30),), (2, 3), prompt_len=100, alpha=1e-4, share=0.7),
@@ -39,8 +41,9 @@ REQUESTS = [
     Request(50, 20, ((60, 70),), (1,), prompt_len=80),  # nothing emphasised yet
     Request(131, 131, ((40, 45),), (2, 0)),
     Request(90, 60, ((5, 9), (50, 60)), (0, 1), prompt_len=90, alpha=1e-4, share=0.5),
+    Request(70, 50, ((3, 30), (30, 44)), (1, 4), alpha=0.05, factors=(0.001, 0.4)),
 ]
-DECODES = 5
+DECODES = 6
 
 
 class Batch:
@@ -70,7 +73,7 @@ class Batch:
                 i,
                 ResolvedEmphasis(
                     r.spans, r.alpha, HeadSet(((LAYER, tuple(sorted(r.heads))),)),
-                    r.prompt_len or r.seq_len, share=r.share,
+                    r.prompt_len or r.seq_len, r.factors, r.share,
                 ),
             )
             for i, r in enumerate(REQUESTS)
@@ -90,8 +93,9 @@ class Batch:
         for i, r in enumerate(REQUESTS):
             q_pos, k_pos = torch.arange(r.seq_len - r.query_len, r.seq_len), torch.arange(r.seq_len)
             factor = torch.full((r.seq_len,), r.alpha, dtype=torch.float64)
-            for start, end in r.spans:
-                factor[start:end] = 1
+            ones = (1,) * len(r.spans)
+            for (start, end), own in zip(r.spans, r.factors or ones, strict=True):
+                factor[start:end] = own
             factor[r.prompt_len or r.seq_len :] = 1
             for h in r.heads if r.spans else ():
                 latent = self.latents[i].double()

@@ -72,6 +72,12 @@ def test_places(mark, expected):
     assert marked(mark) == expected
 
 
+def test_canonically_equivalent_text_of_a_role():
+    """As in a whole prompt, and in whichever of the role's messages it stands."""
+    messages = [{"role": "user", "content": text} for text in ("A cafe\u0301.", "No.", "Café 2")]
+    assert marked(Mark("caf\u00e9", role="user"), messages=messages) == ["cafe\u0301"]
+
+
 def test_several_marks_overlap():
     assert marked(Mark("Say hi", message=1), Mark("hi. Then", message=1), Mark(message=2)) == [
         "Say hi. Then",

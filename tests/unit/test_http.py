@@ -191,6 +191,21 @@ def test_any_json(emphasis, wanted, xargs):
         assert after["vllm_xargs"]["emphasis"] is not None
 
 
+@given(json_values, json_values, json_values, json_values)
+def test_any_batch_line(emphasis, wanted, xargs, line):
+    """None ends the batch: each is rewritten as a request is, or goes on with why it is refused."""
+    body = {"emphasis": emphasis, "return_emphasis": wanted, "vllm_xargs": xargs, "n": 1}
+    assert json.loads(rewrite_batch_line(json.dumps(line))) == line
+    after = json.loads(rewrite_batch_line(json.dumps({"custom_id": "1", "body": body})))
+    assert (after["custom_id"], after["body"]["n"]) == ("1", 1)
+    carried = after["body"].get("vllm_xargs") or {}
+    if isinstance(carried, dict) and "emphasis_refused" in carried:
+        return
+    expected, in_header = rewrite(json.dumps(body).encode())
+    assert after["body"] == json.loads(expected)
+    assert not in_header
+
+
 def test_header_fits():
     """Long texts are cut, never the ranges; it is ASCII."""
     entries = [

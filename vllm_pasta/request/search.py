@@ -76,6 +76,17 @@ def find(
     return found if occurrence == "all" else found[-1:]
 
 
+def contains(text: str, needle: str, field: str = "emphasis.text") -> bool:
+    """Whether `find` finds ``needle`` in ``text``.
+
+    Raises:
+        EmphasisError: as `find`, where the needle begins or ends amid very many characters.
+    """
+    return needle in text or (
+        not _is_stable(text, needle) and any(_equivalent(text, needle, field))
+    )
+
+
 def closest(prompt: str, text: str, *, limit: int = 20_000) -> str:
     """The part of ``prompt`` most like ``text``, or an empty string.
 

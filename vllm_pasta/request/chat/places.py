@@ -16,7 +16,7 @@ from vllm_pasta.request.chat.messages import Chat, Place, Placed, replaced
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Range
 from vllm_pasta.request.resolution import check_count, strongest
-from vllm_pasta.request.search import find
+from vllm_pasta.request.search import contains, find
 
 SENTINELS = [chr(code) for code in range(0xE000, 0xF8FF)]  # private use: no meaning of their own
 
@@ -290,7 +290,8 @@ def _places(chat: Chat, mark: Mark) -> list[tuple[Place, Range]]:
         raise EmphasisError(f"message {indices[0]} has no text{why}", field=mark.field)
     if mark.text is not None and mark.message is None:
         # Of a role's messages, those that have the text are enough; if none has, the last says so.
-        having = [i for i in indices if mark.text in "".join(text for _, text in texts[i])]
+        whole = {i: "".join(text for _, text in texts[i]) for i in indices}
+        having = [i for i in indices if contains(whole[i], mark.text, mark.field)]
         indices = having or indices[-1:]
     places: list[tuple[Place, Range]] = []
     for i in indices:
