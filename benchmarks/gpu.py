@@ -10,11 +10,12 @@ fails, or that takes longer than it may, does not stop the others. OUT gets a lo
 results as JSON, and summary.json with exit statuses and times. The exit status is 0 if all steps
 passed.
 
-Where the machine reaches no package registry, pack stock vLLM with bundle.py first (in the
-project's root; with --moe, so that attention sinks are tested too). It writes .gpu/. Copy the
-project's root with it to the machine, and there:
+The interpreter needs vLLM with its compiled kernels, this project and pytest. Where FlashInfer,
+numba or vLLM's MoE kernels are missing, the tests that need them are skipped and say so. Nothing is
+downloaded, and all models are random ones, so a machine that reaches no package registry will do.
 
-    . .gpu/enter.sh && python3 -m benchmarks.gpu OUT
+To send back: OUT as a whole. The figures of kernel_gpu.json and engine_gpu.json belong into
+benchmarks/results/ and docs/performance.md, what ran into the table of docs/gpu.md.
 """
 
 import argparse

@@ -19,7 +19,7 @@ CHOSEN = {
     "Blackwell": "FLASHINFER",
 }
 """vLLM's own choice for each GPU generation."""
-BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "TRITON_MLA")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,9 @@ def selected():
 @pytest.mark.parametrize("generation", CHOSEN)
 @pytest.mark.parametrize("asked", [None, *BACKENDS])
 def test_selector_gives_the_steered_backend(selected, generation, asked):
+    kind = "GPUMLASteering" if asked == "TRITON_MLA" else "GPUSteering"
     assert selected[f"{generation} {asked}"] == {
         "name": asked or CHOSEN[generation],
-        "builder": "GPUSteeringBuilder",
-        "impl": "GPUSteeringImpl",
+        "builder": f"{kind}Builder",
+        "impl": f"{kind}Impl",
     }

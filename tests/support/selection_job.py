@@ -55,11 +55,12 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 GENERATIONS = {"Ampere": (8, 0), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0)}
-ASKED = (None, "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+ASKED = (None, "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "TRITON_MLA")
 
 
 def select(capability, asked):
-    """What vLLM's selector gives for a layer of head size 128 in bf16."""
+    """What vLLM's selector gives for a layer of head size 128 in bf16, or for one of DeepSeek's
+    where a backend of latent attention is asked for."""
     torch.cuda.get_device_capability = lambda *_: capability
     NonNvmlCudaPlatform.get_device_capability.cache_clear()
     selector._cached_get_attn_backend.cache_clear()
@@ -68,7 +69,9 @@ def select(capability, asked):
     )
     with set_current_vllm_config(config):
         try:
-            backend = selector.get_attn_backend(128, torch.bfloat16, "auto")
+            use_mla = asked == "TRITON_MLA"
+            size = 576 if use_mla else 128
+            backend = selector.get_attn_backend(size, torch.bfloat16, "auto", use_mla)
         except Exception as e:
             return {"error": f"{type(e).__name__}: {e}"}
     return {
