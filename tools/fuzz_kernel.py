@@ -10,6 +10,7 @@ soft cap, ALiBi and sinks. It follows from its number alone: ``--first 1234 --ca
 
 With --sanitize the C++ kernel is built with AddressSanitizer and UndefinedBehaviorSanitizer, whose
 libraries come with g++, and the first read or write outside a tensor ends the run with its place.
+--source runs a changed copy of the kernel: ``kernel.cpp`` with ``math.hpp`` beside it.
 """
 
 import argparse
@@ -50,8 +51,14 @@ def sanitized(arguments: list[str]) -> int:
     ).returncode
 
 
-def run(kernel: str, seeds: range) -> int:
-    """Compares step by step; returns the number of those that differ."""
+def run(kernel: str, seeds: range, source: Path | None = None) -> int:
+    """Compares step by step; returns the number of those that differ.
+
+    Args:
+        kernel: Its name.
+        seeds: The steps' numbers.
+        source: The C++ kernel's, if it is not the package's.
+    """
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     if kernel == "triton":
         import torch
@@ -63,8 +70,10 @@ def run(kernel: str, seeds: range) -> int:
         import kernel_cases
 
         from vllm_pasta.kernels import reference
-        from vllm_pasta.kernels.cpu import launch
+        from vllm_pasta.kernels.cpu import build, launch
 
+        if source is not None:
+            build.SOURCES = (source, source.with_name("math.hpp"))
         function = {"cpp": launch.steered_attention, "reference": reference.steered_attention}
 
         def check(seed: int) -> None:
@@ -103,12 +112,17 @@ def main() -> int:
     parser.add_argument(
         "--sanitize", action="store_true", help="build the C++ kernel with sanitizers"
     )
+    parser.add_argument(
+        "--source", type=lambda text: Path(text).resolve(strict=True), metavar="FILE",
+        help="the C++ kernel's kernel.cpp (default: the package's)",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.kernel != "cpp" and (options.sanitize or options.source):
+        parser.error("--sanitize, --source: the C++ kernel alone is compiled")
     if options.sanitize:
-        if options.kernel != "cpp":
-            parser.error("--sanitize: the C++ kernel alone is compiled")
         return sanitized([arg for arg in sys.argv[1:] if arg != "--sanitize"])
-    return 1 if run(options.kernel, range(options.first, options.first + options.cases)) else 0
+    seeds = range(options.first, options.first + options.cases)
+    return 1 if run(options.kernel, seeds, options.source) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every kernel against a dense computation in fp64 that shares no code with them."""
 
 import logging
+import os
 import resource
 import shutil
 import subprocess
@@ -380,6 +381,54 @@ def test_random_steps(kernel):
         check_random(seed, KERNELS[kernel])
 
 
+PLANTED = """
+  if (const char* planted = std::getenv("PLANTED")) {
+    const long bytes = shape->format == FLOAT_PLAIN ? 4 : 2;
+    volatile long one = 1;
+    if (*planted == 'w')
+      static_cast<char*>(layer->output)[bytes * layer->num_tokens * shape->output_row] = 0;
+    if (*planted == 'r')
+      one = static_cast<const char*>(layer->kv_cache)[bytes * layer->num_blocks * shape->kv_block];
+    if (*planted == 'u') one = one << (63 + one);
+  }
+"""
+"""A write and a read of the byte behind a tensor, and a shift that C++ does not define."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sanitizers_find_what_is_planted(tmp_path):
+    """A program that runs without the sanitizers, or with those that see none of the tensors."""
+    for source in build.SOURCES:
+        shutil.copy(source, tmp_path)
+    kernel = tmp_path / build.SOURCES[0].name
+    start = "const Layer* layer) {\n"
+    text = kernel.read_text()
+    assert text.count(start) == 1
+    kernel.write_text("#include <cstdlib>\n" + text.replace(start, start + PLANTED))
+
+    def run(planted):
+        environment = {**os.environ, "VLLM_PASTA_CACHE": str(tmp_path / "cache"), **planted}
+        return subprocess.run(
+            [sys.executable, "-m", "tools.fuzz_kernel", "--sanitize", "--cases", "3", "--source",
+             str(kernel)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+
+    for planted, found in (
+        ("write", "AddressSanitizer: heap-buffer-overflow"),
+        ("read", "AddressSanitizer: heap-buffer-overflow"),
+        ("undefined", "runtime error: shift exponent 64 is too large"),
+    ):
+        done = run({"PLANTED": planted})
+        assert done.returncode
+        assert found in done.stderr, done.stderr[-3000:]
+        assert "kernel.cpp" in done.stderr
+    done = run({})
+    assert "with sanitizers: 3 steps" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_result_holds_for_any_number_of_threads(threads):
     """Work that is split or scheduled wrongly for other numbers of threads."""
@@ -570,6 +619,26 @@ def test_full_disk(fresh, monkeypatch, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(caplog.records) == 1
     assert not list(fresh.rglob("cpu.so"))
+
+
+def test_no_memory(quick, monkeypatch, tmp_path):
+    """An exception that leaves one of OpenMP's threads, or passes through Python: either ends the
+    process. Or a kernel that takes no memory after that."""
+    for source in build.SOURCES:
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(build, "SOURCES", tuple(tmp_path / s.name for s in build.SOURCES))
+    text = build.SOURCES[0].read_text()
+    for i, at in enumerate(("  void resize(long head_size) {\n", "  long parts = 0;\n")):
+        assert text.count(at) == 1
+        text = text.replace(at, at + f'if (std::getenv("NO_MEMORY_{i}")) throw std::bad_alloc();\n')
+    build.SOURCES[0].write_text("#include <cstdlib>\n" + text)
+    case = CASES["split-mixed"]
+    for i in range(2):
+        with monkeypatch.context() as m:
+            m.setenv(f"NO_MEMORY_{i}", "1")
+            with pytest.raises(MemoryError, match="buffers"):
+                case.run(launch.steered_attention)
+        assert error(case.run(launch.steered_attention), case.dense(torch.float64)) < 1e-5
 
 
 def test_loads_no_second_openmp_runtime():

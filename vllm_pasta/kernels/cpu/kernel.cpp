@@ -556,20 +556,29 @@ void run(const Batch& batch, const Shape& shape, const Layer& layer, std::vector
   for (const Merge& merge : merges) parts += merge.count;
   partials.resize(std::max<size_t>(partials.size(), parts * kernel.partial_size()));
   float* sums = partials.data();
+  bool failed = false;
 #pragma omp parallel if (units.size() > 1)
   {
     static thread_local Scratch scratch;
-    scratch.resize(shape.head_size);
+    bool ready = true;
+    try {
+      scratch.resize(shape.head_size);
+    } catch (const std::bad_alloc&) {  // an exception that leaves a thread ends the process
+      ready = false;
+#pragma omp atomic write
+      failed = true;
+    }
     const size_t threads = omp_get_num_threads();
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < units.size(); ++i)
-      if (units[i].rows > 0)
+      if (ready && units[i].rows > 0)
         kernel.run(units[i], i + threads < units.size() ? &units[i + threads] : nullptr, scratch,
                    sums);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < merges.size(); ++i)
-      kernel.merge(&units[merges[i].unit], merges[i].count, scratch, sums);
+      if (ready) kernel.merge(&units[merges[i].unit], merges[i].count, scratch, sums);
   }
+  if (failed) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -91,7 +91,7 @@ def steered_attention(
     )
     status = kernel(_batch(plan), shape, layer)
     if status == NO_MEMORY:
-        raise MemoryError("steered attention: not enough memory for the parts of split keys")
+        raise MemoryError("steered attention: not enough memory for the kernel's buffers")
     if status:
         raise ValueError(f"steered attention: {STATUS[status]}")
 
