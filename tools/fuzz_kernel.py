@@ -14,6 +14,7 @@ libraries come with g++, and the first read or write outside a tensor ends the r
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -51,13 +52,16 @@ def sanitized(arguments: list[str]) -> int:
     ).returncode
 
 
-def run(kernel: str, seeds: range, source: Path | None = None) -> int:
+def run(
+    kernel: str, seeds: range, source: Path | None = None, most_seconds: float = math.inf
+) -> int:
     """Compares step by step; returns the number of those that differ.
 
     Args:
         kernel: Its name.
         seeds: The steps' numbers.
         source: The C++ kernel's, if it is not the package's.
+        most_seconds: After which no further step begins.
     """
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     if kernel == "triton":
@@ -79,8 +83,11 @@ def run(kernel: str, seeds: range, source: Path | None = None) -> int:
         def check(seed: int) -> None:
             kernel_cases.check_random(seed, function[kernel])
 
-    wrong, began = 0, time.monotonic()
+    wrong, count, began = 0, 0, time.monotonic()
     for seed in seeds:
+        if time.monotonic() - began > most_seconds:
+            break
+        count += 1
         try:
             check(seed)
         except AssertionError as e:
@@ -92,7 +99,10 @@ def run(kernel: str, seeds: range, source: Path | None = None) -> int:
     seconds = time.monotonic() - began
     if "libasan" in Path("/proc/self/maps").read_text():
         kernel += " with sanitizers"
-    print(f"{kernel}: {len(seeds):,} steps in {seconds:.0f} s, {wrong} wrong", flush=True)
+    print(
+        f"{kernel}: {count:,} steps from {seeds.start} on in {seconds:.0f} s, {wrong} wrong",
+        flush=True,
+    )
     return wrong
 
 
@@ -108,6 +118,9 @@ def main() -> int:
         help="triton is interpreted where there is no GPU (default: cpp)",
     )  # fmt: skip
     parser.add_argument("--cases", type=int, default=1000, help="how many (default: 1000)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no step after so long (no limit)"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")
     parser.add_argument(
         "--sanitize", action="store_true", help="build the C++ kernel with sanitizers"
@@ -122,7 +135,7 @@ def main() -> int:
     if options.sanitize:
         return sanitized([arg for arg in sys.argv[1:] if arg != "--sanitize"])
     seeds = range(options.first, options.first + options.cases)
-    return 1 if run(options.kernel, seeds, options.source) else 0
+    return 1 if run(options.kernel, seeds, options.source, options.seconds) else 0
 
 
 if __name__ == "__main__":

@@ -425,7 +425,7 @@ def test_sanitizers_find_what_is_planted(tmp_path):
         assert found in done.stderr, done.stderr[-3000:]
         assert "kernel.cpp" in done.stderr
     done = run({})
-    assert "with sanitizers: 3 steps" in done.stdout, done.stderr[-3000:]
+    assert "with sanitizers: 3 steps from 0 on" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 0
 
 
