@@ -13,7 +13,7 @@ from models import MULTIMODAL, random_ids, tiny_model, tiny_multimodal, worded_l
 
 import vllm_pasta
 from vllm_pasta import HeadSet, cli
-from vllm_pasta.errors import PastaError
+from vllm_pasta.errors import HeadSetError, PastaError
 from vllm_pasta.profiling import auto as search
 from vllm_pasta.profiling.prompts import Prompt
 from vllm_pasta.profiling.search.gradients import GradientModel
@@ -210,3 +210,15 @@ class TestOwnAlpha:
 def test_head_sets_keep_their_alpha_in_a_file(tmp_path):
     HeadSet.from_json(HEADS).save(tmp_path / "a.json")
     assert HeadSet.load(tmp_path / "a.json").alpha == 0.2
+
+
+def test_a_search_that_fails(tmp_path, monkeypatch):
+    """The error has the reason, and what to do instead."""
+    monkeypatch.setenv("VLLM_PASTA_CACHE", str(tmp_path / "cache"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(HeadSetError, match=r"no heads were found.*Name a head set.*status 1") as e:
+        auto.ensure(str(broken), None, {})
+    assert "no message" not in str(e.value)

@@ -53,9 +53,11 @@ class Case:
     seed: int = 0
     keys: list[torch.Tensor] = field(init=False)
     values: list[torch.Tensor] = field(init=False)
+    _dense: dict[Any, torch.Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
+        self._dense = {}
         lengths = [r.seq_len for r in self.requests]
 
         def random(n: int, heads: int) -> torch.Tensor:
@@ -130,7 +132,15 @@ class Case:
         return output
 
     def dense(self, dtype: torch.dtype, steered: bool = True) -> torch.Tensor:
-        """The steered pairs, or their plain attention, by the textbook and all in ``dtype``."""
+        """The steered pairs, or their plain attention, by the textbook and all in ``dtype``.
+
+        Computed once: to be read alone.
+        """
+        if (key := (dtype, steered)) not in self._dense:
+            self._dense[key] = self._computed(dtype, steered)
+        return self._dense[key]
+
+    def _computed(self, dtype: torch.dtype, steered: bool) -> torch.Tensor:
         output = torch.full_like(self.query, float("nan"), dtype=dtype)
         group = self.num_heads // self.num_kv_heads
         for i, r in enumerate(self.requests):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from functools import cache
 from html import unescape
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from models import byte_tokenizer
 from transformers import AutoConfig
 
 from vllm_pasta.cli import main
+from vllm_pasta.cli.explain import source
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_tokenizer():
+    """Loading it is nearly all that the command does, and the same for every test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_pasta.cli.explain.load_tokenizer", cache(source.load_tokenizer))
+        yield
+
 
 PROMPT = "Name three colours. Answer in JSON. Be brief."
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 
 import pytest
@@ -216,6 +217,11 @@ CASES = {
 }
 
 
+@lru_cache(maxsize=1)  # for both kernels, which follow each other
+def named(name: str, dtype: torch.dtype, layout: str) -> Case:
+    return recast(CASES[name], dtype, layout)
+
+
 def recast(case: Case, dtype: torch.dtype, layout: str) -> Case:
     """The case in another dtype and layout; skips where vLLM has no such cache."""
     if layout == "amx" and (case.head_size % 32 or case.block_size % 32):
@@ -229,7 +235,7 @@ def recast(case: Case, dtype: torch.dtype, layout: str) -> Case:
 @pytest.mark.parametrize("name", CASES)
 def test_fp32_agrees_with_dense(name, kernel):
     """Any wrong bias, mask, stride, merge or tail, or an inexact exp."""
-    check(recast(CASES[name], torch.float32, "vec"), KERNELS[kernel])
+    check(named(name, torch.float32, "vec"), KERNELS[kernel])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -241,7 +247,7 @@ def test_fp32_agrees_with_dense(name, kernel):
 @pytest.mark.parametrize("name", CASES)
 def test_16_bit_error_is_at_most_twice_plain_torch(name, dtype, layout, kernel):
     """A wrong layout, or arithmetic that rounds more than textbook attention in that dtype."""
-    check(recast(CASES[name], dtype, layout), KERNELS[kernel])
+    check(named(name, dtype, layout), KERNELS[kernel])
 
 
 WHOLE = {
@@ -296,9 +302,7 @@ STRENGTHS = st.sampled_from((1e-4, 0.01, 0.1, 0.3, 0.5, 0.99, 1.0, 1.3, 4.0))
 @pytest.mark.parametrize("name", CASES)
 def test_weights_of_a_prompts_last_row(name):
     """What the playground shows: the weights, plain and with the factors, give the attention."""
-    case = CASES[name]
-    if case.dtype != torch.float32:
-        case = recast(case, torch.float32, "vec")
+    case = named(name, torch.float32, "vec")
     group = case.num_heads // case.num_kv_heads
     truth = {steered: case.dense(torch.float64, steered) for steered in (False, True)}
     for i, r in enumerate(case.requests):
@@ -608,7 +612,7 @@ def test_cache_folder_that_cannot_be_written(fresh, monkeypatch, caplog, folder,
     assert words in caplog.records[0].message
 
 
-def test_full_disk(fresh, monkeypatch, caplog):
+def test_full_disk(quick, monkeypatch, caplog):
     """The same; or half a kernel that stays there. The compiler inherits the limit."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -618,7 +622,7 @@ def test_full_disk(fresh, monkeypatch, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(caplog.records) == 1
-    assert not list(fresh.rglob("cpu.so"))
+    assert not list(quick.rglob("cpu.so"))
 
 
 def test_no_memory(quick, monkeypatch, tmp_path):
