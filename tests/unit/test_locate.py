@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vllm_pasta import Emphasis, EmphasisError
+from vllm_pasta.request.chat import Chat
 from vllm_pasta.request.locate import Locator
 from vllm_pasta.request.marks import Mark
 from vllm_pasta.request.markup import Markup
@@ -237,6 +238,31 @@ def test_text_without_marks_is_untouched(tokenizer):
         located = locate(tokenizer, ids, CORPUS[1], markup=Markup(kind))
         assert located.token_ids == ids
         assert located.spans == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("tag", "Be <Emphasis>brief</Emphasis>.", "<Emphasis> at character 3"),
+        ("markdown", "**Be\n\nbrief.**", "closed in another paragraph"),
+    ],
+)
+def test_markup_that_marks_nothing(tokenizer, kind, text, words):
+    """Refused where the request asks for markup; served where it is the server's, or where there
+    is another mark."""
+    ids, markup = tokenizer(text)["input_ids"], Markup(kind)
+
+    def asked(chat=None, **fields):
+        emphasis = Emphasis.parse({KEY: {"markup": kind, **fields}})
+        return locator(tokenizer).locate(emphasis, markup, ids, text, chat)
+
+    with pytest.raises(EmphasisError, match=f"(?s)nothing is emphasised: .*{words}"):
+        asked()
+    chat = Chat([{"role": "user", "content": text}], lambda messages: messages[0]["content"])
+    with pytest.raises(EmphasisError, match=f"(?s)nothing is emphasised: message 0: .*{words}"):
+        asked(chat)
+    assert asked(text="rief").spans
+    assert locate(tokenizer, ids, text, markup=markup).spans == ()
 
 
 def test_markup_needs_text(tokenizer):
