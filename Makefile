@@ -10,7 +10,7 @@ VENV := .venv$(addprefix -,$(VLLM))
 STAMP := $(VENV)/.set-up
 PINNED := $(wildcard requirements/*.*) requirements/vllm-metadata/pyproject.toml pyproject.toml
 
-.PHONY: help setup demo test test-all check fast format docs upstream bench soak heads clean
+.PHONY: help setup demo test test-all check types rules fast format docs upstream bench soak heads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -62,9 +62,14 @@ docs: $(STAMP) ## the documentation as a site, in build/site/index.html
 	$(VENV)/bin/properdocs build --strict --config-file properdocs.yml
 
 check: $(STAMP) ## linters, type checker, import rules, links of the documents
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync types rules
+
+types:
+	$(VENV)/bin/mypy
+
+rules:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/pytest -q tests/unit/test_docs.py
 

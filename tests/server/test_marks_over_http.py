@@ -7,11 +7,11 @@ the time, numbers its renderings and drops what an earlier answer thought.
 import json
 import os
 import random
-import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import prepared
 import pytest
 from servers import SERVE, VLLM, environment, metric, running
 from specs import random_messages, random_prompts
@@ -45,7 +45,7 @@ def server(smollm2, folder):
         VLLM, "serve", smollm2, *SERVE, "--max-model-len", "512", "--api-key", "secret",
         "--additional-config", json.dumps(config), "--chat-template", folder / "template.jinja",
     ]  # fmt: skip
-    with running([(command, {"VLLM_PLUGINS": "pasta"})], folder) as (url,):
+    with running([(command, {"VLLM_PLUGINS": "pasta"})], folder, are_prepared=True) as (url,):
         yield url
 
 
@@ -333,10 +333,10 @@ def test_batch(smollm2, folder):
     source, target = folder / "in.jsonl", folder / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)))
     serve = [arg for arg in SERVE if arg not in ("--host", "127.0.0.1")]
-    result = subprocess.run(
+    result = prepared.run(
         [VLLM, "run-batch", "-i", source, "-o", target, "--model", smollm2, *serve,
          "--pasta-heads", folder / "heads.json"],
-        env=environment(VLLM_PLUGINS="pasta"), capture_output=True, text=True,
+        env=environment(VLLM_PLUGINS="pasta"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     replies = {line["custom_id"]: line for line in map(json.loads, target.read_text().splitlines())}

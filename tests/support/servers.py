@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import prepared
 import psutil
 import pytest
 from conftest import ALL_CORES, CORES
@@ -54,13 +55,14 @@ def metric(server, name):
 
 
 @contextmanager
-def running(commands, folder, health="/health"):
+def running(commands, folder, health="/health", are_prepared=False):
     """Starts servers side by side; stops them when the block ends.
 
     Args:
         commands: Pairs of a command, which must take ``--port``, and its environment variables.
         folder: Where their logs go.
         health: Path that answers 200 once a server is up.
+        are_prepared: vLLM is imported when their processes start (`prepared`).
 
     Yields:
         Their base URLs, once all are up.
@@ -71,11 +73,15 @@ def running(commands, folder, health="/health"):
             port = free_port()
             urls.append(f"http://127.0.0.1:{port}")
             logs.append((folder / f"{i}.log").open("w+"))
-            process = subprocess.Popen(
-                [*command, "--port", str(port)],
-                env=environment(**env), stdout=logs[-1], stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+            whole = [*command, "--port", str(port)]
+            if are_prepared:
+                log = logs[-1].name
+                process = prepared.start(whole, log, log, environment(**env), ALL_CORES)
+            else:
+                process = subprocess.Popen(
+                    whole, env=environment(**env), stdout=logs[-1], stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
             os.sched_setaffinity(process.pid, ALL_CORES)  # several processes, which wait busily
             processes.append(process)
             command_of[process.pid] = command

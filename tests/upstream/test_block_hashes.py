@@ -4,10 +4,10 @@ Broken by: a hash that does not know of emphasis; a connector whose keys are of 
 """
 
 import inspect
-import subprocess
 import sys
 from itertools import combinations
 
+import prepared
 import pytest
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.store import data as mooncake
@@ -110,5 +110,5 @@ def test_events_of_simple_offloading():
         "keys = sys.modules[name].generate_block_hash_extra_keys;"
         "print(hasattr(keys, '_vllm_pasta_original'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = prepared.run([sys.executable, "-c", code])
     assert done.stdout.splitlines()[-1:] == ["True"], done.stderr[-3000:]

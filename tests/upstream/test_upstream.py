@@ -2,11 +2,11 @@
 
 import ast
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import prepared
 import pytest
 from conftest import start
 
@@ -165,12 +165,7 @@ for names in ("", "other", "pasta"):
 
 def test_switched_off():
     """With VLLM_PLUGINS= nothing of vLLM is changed, nor where it names another plugin."""
-    result = subprocess.run(
-        [sys.executable, "-c", SWITCHED],
-        env={"PATH": "", "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-    )
+    result = prepared.run([sys.executable, "-c", SWITCHED], {"PATH": ""})
     answers = result.stdout.strip().splitlines()[-3:]
     assert answers == ["False False", "False False", "True True"], result.stderr
 
