@@ -7,9 +7,38 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from vllm_pasta.verify.run import Machine
+
+KILLED = """
+import pathlib, sys, time
+from vllm_pasta.verify.engine import Engine
+code = '''
+import subprocess, sys, time
+from vllm_pasta.verify import worker
+worker.end_with_parent()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print({"child": child.pid}.__repr__().replace("'", '"'), flush=True)
+time.sleep(600)
+'''
+engine = Engine("one", {}, pathlib.Path(sys.argv[1]), command=(sys.executable, "-c", code))
+child = engine.about()["child"]
+engine.pause()
+print(engine._process.pid, child, flush=True)
+time.sleep(600)
+"""
+
+
+def test_killed_amid_its_engines(tmp_path):
+    """An engine that waits for its turn, stopped, and what it started: they stayed for ever."""
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE)
+    started = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    for process in started:
+        process.wait(timeout=60)
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ What vLLM prints goes to stderr, so that stdout has the answers alone. `engine` 
 half.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +18,7 @@ from typing import Any, TextIO
 
 def main() -> None:
     """Starts the engine, says what it is, and answers until stdin ends."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     from vllm import LLM
@@ -34,6 +37,26 @@ def main() -> None:
         except Exception as e:
             traceback.print_exc()
             _say(answers, {"error": f"{type(e).__name__}: {e}"})
+
+
+def end_with_parent() -> None:
+    """Ends this process and all that it started when its parent is killed.
+
+    They may be stopped just then, outside their turns, and would stay so for ever. So the kernel is
+    told to wake this one when the thread that started it ends. Only for a process that leads a
+    group of its own.
+    """
+    if sys.platform != "linux" or os.getpgrp() != os.getpid():
+        return
+    parent = os.getppid()
+
+    def woken(*_: Any) -> None:
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGCONT, woken)
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def describe(llm: Any) -> dict[str, Any]:
