@@ -16,6 +16,7 @@ from vllm_pasta import HeadSet, cli
 from vllm_pasta.errors import HeadSetError, PastaError
 from vllm_pasta.profiling import auto as search
 from vllm_pasta.profiling.prompts import Prompt
+from vllm_pasta.profiling.search import gradients
 from vllm_pasta.profiling.search.gradients import GradientModel
 from vllm_pasta.request.head_sets import auto
 from vllm_pasta.tasks import load
@@ -115,13 +116,17 @@ def test_estimates_for_other_kinds_of_models(kind, tmp_path):
     assert max(abs(estimates[1, head]) for head in range(4)) > 2e-4
 
 
-def test_estimates_in_bf16(tmp_path):
-    """On a GPU the model stays in its own dtype: nearly the estimates of fp32."""
-    tiny_model(tmp_path, "qwen3")
+def test_estimates_in_bf16(tmp_path, monkeypatch):
+    """Where bf16 is quick the model stays in it: nearly the estimates of fp32."""
+    tiny_model(tmp_path, "qwen3", torch.bfloat16)
     prompts = [Prompt(random_ids(n, n), ((4, 9),), [], [5, 6], []) for n in (24, 30)]
-    exact, model = (GradientModel(str(tmp_path)) for _ in range(2))
-    model._model.to(torch.bfloat16)
-    expected, found = (m.estimate(prompts, 0.1) for m in (exact, model))
+    estimates = []
+    for quick, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(gradients, "own_dtype", lambda quick=quick: quick)
+        model = GradientModel(str(tmp_path))
+        assert model._model.dtype == dtype
+        estimates.append(model.estimate(prompts, 0.1))
+    expected, found = estimates
     assert found == pytest.approx(expected, abs=0.2 * max(map(abs, expected.values())))
 
 

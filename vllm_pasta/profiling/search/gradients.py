@@ -70,12 +70,20 @@ class _Recorder:
         return output.to(dtype).transpose(1, 2).contiguous(), None
 
 
+def own_dtype() -> bool:
+    """Whether gradients run in the model's own dtype: on a GPU, and on a CPU with AMX.
+
+    Other CPUs multiply bf16 matrices more slowly than fp32 ones. Attention is fp32 everywhere.
+    """
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+
+
 def _attention(*args: Any, pasta_recorder: _Recorder, **kwargs: Any) -> tuple[torch.Tensor, None]:
     return pasta_recorder(*args, **kwargs)
 
 
 class GradientModel:
-    """A model on transformers: in fp32 on a CPU, in its own dtype on a GPU.
+    """A model on transformers: in its own dtype where that is quick, see `own_dtype`; else in fp32.
 
     Raises:
         PastaError: transformers cannot load it, or not with an attention of the caller's.
@@ -110,7 +118,7 @@ class GradientModel:
                     if getattr(config, name, None) is text
                 }
             self._model = loader.from_pretrained(
-                model, dtype="auto" if on_gpu else torch.float32,
+                model, dtype="auto" if own_dtype() else torch.float32,
                 attn_implementation=self._of_text, **options,
             )  # fmt: skip
             self._model = self._model.to(self._device).eval()
