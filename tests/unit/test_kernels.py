@@ -517,6 +517,10 @@ def test_refuses_what_it_cannot_compute(change, message):
         )
 
 
+APART = pytest.mark.xdist_group("test_kernels, what compiles")
+"""For tests that another worker may run: all others of this file share one."""
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """An empty cache folder, and nothing loaded or chosen yet."""
@@ -573,6 +577,7 @@ def test_uncovered_format_falls_back_with_one_warning(monkeypatch, caplog):
         case.run(select.steered_attention)
 
 
+@APART
 def test_builds_at_once(quick, monkeypatch):
     """Workers that start together: all compile, or one loads what another has half written."""
     compiled, compile_kernel = [], build._compile
@@ -583,6 +588,7 @@ def test_builds_at_once(quick, monkeypatch):
     assert {file.name for file in built.pop().parent.iterdir()} == {"cpu.so", "cpu.sha256", "lock"}
 
 
+@APART
 def test_damaged_kernel_is_built_again(quick, monkeypatch):
     """A process that crashes at every start, since a machine stopped while it wrote the kernel."""
     built = build.build()
@@ -612,6 +618,7 @@ def test_cache_folder_that_cannot_be_written(fresh, monkeypatch, caplog, folder,
     assert words in caplog.records[0].message
 
 
+@APART
 def test_full_disk(quick, monkeypatch, caplog):
     """The same; or half a kernel that stays there. The compiler inherits the limit."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -625,6 +632,7 @@ def test_full_disk(quick, monkeypatch, caplog):
     assert not list(quick.rglob("cpu.so"))
 
 
+@APART
 def test_no_memory(quick, monkeypatch, tmp_path):
     """An exception that leaves one of OpenMP's threads, or passes through Python: either ends the
     process. Or a kernel that takes no memory after that."""
@@ -645,6 +653,7 @@ def test_no_memory(quick, monkeypatch, tmp_path):
         assert error(case.run(launch.steered_attention), case.dense(torch.float64)) < 1e-5
 
 
+@APART
 def test_loads_no_second_openmp_runtime():
     """A second pool of threads, which vLLM's binding does not reach."""
     code = """if 1:
