@@ -93,14 +93,15 @@ def test_same_beams_as_oracle(smollm2_engine, oracle_beams):
 
 
 def test_end_of_text_and_length_penalty(smollm2_engine, oracle_beams):
-    """Beams that end compete with those that go on."""
+    """Beams that end compete with those that go on. By this penalty one that ends is among the best
+    however a beam's length is counted; by a larger one it is where the prompt counts alone."""
     eos = smollm2_engine.get_tokenizer().eos_token_id
     prompt = (
         "<|im_start|>user\nSay yes or no, in one word. Be brief.<|im_end|>\n<|im_start|>assistant\n"
     )
-    expected = oracle_beams(prompt, "in one word", penalty=0.5)
+    expected = oracle_beams(prompt, "in one word", penalty=0.1)
     assert any(tokens[-1] == eos for tokens, _ in expected)
-    (beams,) = ask(smollm2_engine, [prompt], "in one word", length_penalty=0.5)
+    (beams,) = ask(smollm2_engine, [prompt], "in one word", length_penalty=0.1)
     check(beams, expected)
 
 
