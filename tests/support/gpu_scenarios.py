@@ -35,6 +35,9 @@ MODELS = {
     "windows": lambda folder: tiny_model(folder, "mistral", **HEAD, initializer_range=0.1),
     "soft cap": lambda folder: tiny_model(folder, "gemma2", **HEAD, initializer_range=0.1),
     "sinks": lambda folder: tiny_model(folder, "gpt_oss", **HEAD),
+    "latent": lambda folder: tiny_model(  # with the sizes of DeepSeek's own heads
+        folder, "deepseek_v3", qk_nope_head_dim=128, v_head_dim=128, initializer_range=0.1
+    ),
 }
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 3}
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3,
@@ -106,6 +109,7 @@ SCENARIOS = {
             ("FlashAttention", FLASH), ("Triton", TRITON), ("FlashInfer", INFER)
         )
     },
+    "Triton, MLA": Scenario("TRITON_MLA", model="latent", needs=MOE, on_cpu=True),
     # The KV cache.
     "FlashAttention, fp8 KV cache": replace(FLASH, llm={"kv_cache_dtype": "fp8"}),
     "Triton, fp8 KV cache": replace(TRITON, llm={"kv_cache_dtype": "fp8"}),
@@ -213,6 +217,8 @@ def run(name, model, folder):
     (llm, _), *_ = configurations(machine).values()
     llm = {**llm, "model": str(model), "disable_log_stats": False, **scenario.llm}
     environment = {}
+    if ON_CPU and scenario.model == "latent":  # vLLM's own choice, where there is AMX, is of bf16
+        llm["attention_config"] = {"backend": "CPU_MLA"}
     if not ON_CPU:
         llm["attention_config"] = {"backend": scenario.backend}
         llm["compilation_config"] = {
