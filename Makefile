@@ -27,21 +27,17 @@ demo: $(STAMP) ## emphasis on real prompts, plain and emphasised side by side
 	$(VENV)/bin/vllm-pasta demo
 
 # Two workers with half of the cores each, since most of a test is Python. Tests that need the same
-# server or engine share a worker, and what takes long comes first (tests/conftest.py). Before them and
-# alone: the servers that hand KV on, since NIXL's threads keep every core busy, and starve others.
+# server or engine share a worker, and what takes long comes first (tests/conftest.py).
 WORKERS ?= 2
 PYTEST = $(VENV)/bin/pytest -q -ra --durations=20
 DEALT = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-BUSY = tests/server/test_disaggregated.py
 
 test: check ## linters, type checker, tests (WORKERS=4 on a larger machine)
-	$(PYTEST) $(BUSY)
-	$(PYTEST) $(DEALT) --ignore $(BUSY)
+	$(PYTEST) $(DEALT)
 
 test-all: check ## and slow variants of them
 	$(VENV)/bin/pip install --quiet "ray>=2.40,<3"
-	$(PYTEST) -m "" $(BUSY)
-	$(PYTEST) -m "" $(DEALT) --ignore $(BUSY)
+	$(PYTEST) -m "" $(DEALT)
 
 upstream: $(STAMP) ## what another vLLM changes that the plugin builds on: VERSION=0.33.0
 	$(VENV)/bin/python -m tools.check_upstream $(VERSION)

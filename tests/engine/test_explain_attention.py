@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from html import unescape
 
+import prepared
 import pytest
 from last_row import last_row
 from transformers import AutoTokenizer
@@ -21,7 +21,7 @@ HEADS = {1: [0, 3], 2: [2]}
 def explain(model, *options):
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [sys.executable, "-m", "vllm_pasta.cli", "explain", "--model", model, *options]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    return prepared.run(command, env, timeout=600)
 
 
 def test_attention(tiny, tiny_oracle, tmp_path):

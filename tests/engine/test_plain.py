@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
 from models import random_ids
 from vllm import SamplingParams
@@ -69,9 +69,7 @@ def without_plugin(tiny):
             str(Path(__file__).parent / folder) for folder in ("..", ".", "../support")
         ),
     }
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN, str(tiny)], env=env, capture_output=True, text=True
-    )
+    result = prepared.run([sys.executable, "-c", WITHOUT_PLUGIN, str(tiny)], env)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

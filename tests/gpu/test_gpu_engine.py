@@ -10,12 +10,12 @@ stage that is not told whose its rows are; what is kept where sleep mode discard
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import drafts
+import prepared
 import pytest
 from last_row import last_row
 from models import MLA, tiny_llama, tiny_model
@@ -72,15 +72,15 @@ def run(request, tmp_path_factory):
     if backend == EAGLE and not other:
         other = [drafts.eagle(model, tmp_path_factory.mktemp("eagle"))]
     path = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
+    done = prepared.run(
         [sys.executable, TESTS / "support" / "gpu_job.py", model, backend, *other],
-        env={
+        {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
+            "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": str(int(is_v2)),
         },
-        capture_output=True,
-        text=True,
+        imported=prepared.GPU,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]

@@ -4,10 +4,11 @@ Broken by: a store of another row or head; an output that is not vLLM's own to t
 """
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
 
 from vllm_pasta.integration.worker.triton_lse import DIGESTS
@@ -17,7 +18,8 @@ JOB = Path(__file__).parents[1] / "support" / "triton_lse_job.py"
 
 @pytest.fixture(scope="module")
 def report():
-    done = subprocess.run([sys.executable, JOB], capture_output=True, text=True, timeout=600)
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = prepared.run([sys.executable, JOB], env, timeout=600, imported=prepared.GPU)
     assert not done.returncode, done.stderr[-3000:]
     return json.loads(done.stdout.split("REPORT")[1])
 

@@ -5,34 +5,17 @@ and FlashInfer do not run here: what they compute is written anew in torch (`gpu
 these backends it is vLLM's Python that runs.
 Prints ``REPORT`` and JSON: greedy tokens of `CASES`, also by speculative decoding (V1: n-gram,
 V2: the model itself, or an EAGLE draft), or in two pipeline stages, each a process of its own; and
-after the engine has slept; and what the last token of a prompt attends to. In a process of its own,
-since Triton is to be found before vllm is imported. Told otherwise than they are: that Triton has a
-backend for CPUs, what a GPU can do, that this is one when `support` asks, and what allocates
+after the engine has slept; and what the last token of a prompt attends to. Told otherwise than they
+are, beside what `gpu_ground` says: that this is a GPU when `support` asks, and what allocates
 (`sleeping`).
 """
-# ruff: noqa: E402
 
 import gc
 import json
 import os
 import sys
-from types import SimpleNamespace
 
-os.environ.update(
-    TRITON_INTERPRET="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="WARNING",
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-)
-from triton.backends import backends
-
-backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
-
-import torch
-
-torch.cuda.get_device_capability = lambda *_: (9, 0)
-
+import gpu_ground as gpu_ground
 import interpreter
 import sleeping
 from gpu_stand_ins import LSE_CALLS, STAND_INS

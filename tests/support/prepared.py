@@ -4,7 +4,8 @@ A forkserver of Python's imports vLLM once, and nothing of the plugin. A program
 `run` starts is a fork of it, and so is each process that the program spawns. All else is as in any
 program: environment, arguments, cores, output and exit status are its own, vLLM loads the plugin in
 each process anew, and nothing comes along from the process that asks for it. What vLLM reads from
-the environment when it is imported is the tests'.
+the environment when it is imported is the tests'. Some servers and the demo are started as users
+start them.
 """
 
 import atexit
@@ -30,6 +31,7 @@ from unittest import mock
 
 IMPORTED = ("vllm.entrypoints.cli.serve", "vllm.entrypoints.cli.run_batch", "vllm.entrypoints.llm",
             "vllm.v1.engine.core")  # fmt: skip
+GPU = ("gpu_ground", "vllm.entrypoints.llm", "vllm.v1.engine.core")
 
 
 @functools.cache

@@ -21,8 +21,8 @@ SERVE = ("--served-model-name", "m", "--host", "127.0.0.1", "--dtype", "float32"
          "--plugin", "pasta")  # fmt: skip
 
 USUAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-"""As a user's server: its worker in a process of its own. That imports all of vLLM once more, and
-it and the engine core wait busily for each other, so most servers of the tests have one for both.
+"""As a user's server: its worker in a process of its own. It and the engine core wait busily for
+each other, so most servers of the tests have one for both.
 """
 
 # httpx gives up after 5 seconds, which a machine with other work beside it can take to answer. Only
@@ -86,9 +86,7 @@ def running(commands, folder, health="/health", are_prepared=False):
             processes.append(process)
             command_of[process.pid] = command
         for url, process, log in zip(urls, processes, logs, strict=True):
-            _wait(url + health, process, log)
-            if "--kv-transfer-config" in command_of[process.pid]:
-                _use_all_cores(process)
+            _wait(url + health, process, log, "--kv-transfer-config" in command_of[process.pid])
         yield urls
     finally:
         for process in processes:
@@ -102,18 +100,18 @@ def running(commands, folder, health="/health", are_prepared=False):
 
 
 def _use_all_cores(process):
-    """vLLM binds what NIXL's connector runs in to the machine's last core, whatever it is told.
-
-    There the threads of two servers starve one another: both of NIXL's poll without a pause.
-    """
+    """vLLM binds what NIXL's connector runs in to the machine's last core, whatever it is told."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        for thread in child.threads():
-            os.sched_setaffinity(thread.id, ALL_CORES)
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for thread in child.threads():
+                os.sched_setaffinity(thread.id, ALL_CORES)
 
 
-def _wait(url, process, log):
+def _wait(url, process, log, transfers):
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
+        if transfers:
+            _use_all_cores(process)
         with suppress(httpx.HTTPError):
             if httpx.get(url).status_code == 200:
                 return

@@ -1,27 +1,15 @@
 """vLLM's Triton attention, interpreted, with the plugin's store of its log-sum-exp put in.
 
-In a process of its own, since Triton is to be found before vllm is imported. Prints ``REPORT`` and
-JSON: the digests of vLLM's kernels; for prefill and for a decode step in segments, the largest
-difference of output and log-sum-exp from dense attention's, and of the output from that which
-vLLM's own kernel gives.
+Prints ``REPORT`` and JSON: the digests of vLLM's kernels; for prefill and for a decode step in
+segments, the largest difference of output and log-sum-exp from dense attention's, and of the output
+from that which vLLM's own kernel gives.
 """
-# ruff: noqa: E402
 
 import json
-import os
 from functools import partial
-from types import SimpleNamespace
 
-os.environ.update(TRITON_INTERPRET="1", VLLM_LOGGING_LEVEL="WARNING")
-from triton.backends import backends
-
-backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
-
+import gpu_ground as gpu_ground
 import torch
-
-torch.cuda.get_device_capability = lambda *_: (9, 0)
-
-import interpreter  # noqa: F401
 from vllm.v1.attention.ops import triton_unified_attention as upstream
 
 from vllm_pasta.integration.worker import lse, triton_lse
