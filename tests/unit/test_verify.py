@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import tiny_llama
 
+from vllm_pasta import Emphasis
 from vllm_pasta.cli.verify import show
 from vllm_pasta.verify import run
 from vllm_pasta.verify.exactness import Judge
@@ -69,7 +70,7 @@ def test_another_requests_steering_does_not(model, requests):
 
 
 def test_steering_that_changes_nothing_proves_nothing(model, requests):
-    alpha = {"alpha": 0.9999, "share": None}
+    alpha = {"alpha": 0.9999, "share": None, "spans": [[3, 6]]}
     weak = [
         type(r)(r.prompt, r.max_tokens, r.emphasis and {**r.emphasis, **alpha}) for r in requests
     ]
@@ -87,7 +88,8 @@ def test_sampled_tokens_need_not_be_first_choices(model, requests):
 
 
 def test_requests():
-    """Steered and plain ones share prompts; some come in chunks; no two are steered alike."""
+    """Steered and plain ones share prompts; some come in chunks; no two are steered alike, and
+    every way of the kernels is met, by one strength and by several."""
     size = Size(4, tuple(range(4)), heads=8, kv_heads=2, head_size=64, vocab=256)
     requests = mixed(size)
     assert len(requests) > run.SLOTS
@@ -95,10 +97,24 @@ def test_requests():
     assert requests[0].prompt == requests[1].prompt
     assert any(len(r.prompt) > run.CHUNK_TOKENS for r in requests)
     assert len({json.dumps(r.emphasis) for r in requests}) == 19
+    met = set()
     for request in requests:
-        assert request.emphasis is None or all(
-            0 <= start < end <= len(request.prompt) for start, end in request.emphasis["spans"]
+        if request.steering is None:
+            continue
+        assert all(0 <= start < end <= len(request.prompt) for start, end in request.steering.spans)
+        asked = Emphasis.parse({"emphasis": request.emphasis})
+        given = zip(asked.spans, asked.alphas or [1.0] * len(asked.spans), strict=True)
+        assert list(given) == list(
+            zip(request.steering.spans, request.steering.factors, strict=True)
         )
+        if asked.share is not None:
+            met.add("share")
+            continue
+        above = {factor > asked.alpha for factor in (1.0, *asked.alphas)}
+        way = "direct" if len(above) > 1 else "adds" if True in above else "subtracts"
+        met.add((way, "several" if len(set(asked.alphas)) > 1 else "one"))
+    ways = {(way, "several") for way in ("direct", "adds", "subtracts")}
+    assert met >= {"share", ("adds", "one"), ("subtracts", "one"), *ways}
     assert mixed(size) == requests
 
 

@@ -15,8 +15,8 @@ class Request:
     Attributes:
         prompt: Token ids.
         max_tokens: So many are generated.
-        emphasis: As ``extra_args["emphasis"]`` has it, with ``spans``, ``heads`` and ``alpha`` or
-            ``share``; None for a plain request.
+        emphasis: As ``extra_args["emphasis"]`` has it, with ``spans`` (of which some may have an
+            alpha of their own), ``heads`` and ``alpha`` or ``share``; None for a plain request.
     """
 
     prompt: list[int]
@@ -28,12 +28,17 @@ class Request:
         """The same for the oracle."""
         if self.emphasis is None:
             return None
+        marks = [
+            span if isinstance(span, dict) else {"tokens": span, "alpha": 1.0}
+            for span in self.emphasis["spans"]
+        ]
         return Steering(
-            [(start, end) for start, end in self.emphasis["spans"]],
+            [tuple(mark["tokens"]) for mark in marks],
             {int(layer): heads for layer, heads in self.emphasis["heads"].items()},
             self.emphasis.get("alpha", 1.0),
             len(self.prompt),
-            share=self.emphasis.get("share"),
+            [mark["alpha"] for mark in marks],
+            self.emphasis.get("share"),
         )
 
     def to_json(self, **options: Any) -> dict[str, Any]:
@@ -52,8 +57,9 @@ def mixed(
     """Requests of many kinds: three of four are steered, each in another way.
 
     They have one to four spans anywhere in the prompt, one to eight heads over some of the layers
-    or every head, and an alpha from 1e-4 to 5 or a share. Every plain prompt also comes with an
-    emphasis, so steered and plain requests meet in the prefix cache.
+    or every head, and an alpha from 1e-4 to 5, in some beside one for each span, or a share. Every
+    plain prompt also comes with an emphasis, so steered and plain requests meet in the prefix
+    cache.
 
     Args:
         size: The model's.
@@ -77,8 +83,18 @@ def mixed(
     return requests
 
 
+_STRENGTHS: list[dict[str, Any]] = [
+    *({"alpha": alpha} for alpha in (1e-4, 1e-3, 0.01, 5.0)),
+    *({"share": share} for share in (0.5, 0.9)),
+    # Added to what is plain, taken from it, or computed without it: see docs/how-it-works.md.
+    {"alpha": 0.01, "of spans": (0.05, 0.3, 1.0, 3.0)},
+    {"alpha": 2.0, "of spans": (0.03, 0.3, 1.0)},
+    {"alpha": 0.1, "of spans": (0.01, 1.0, 3.0)},
+]
+
+
 def _emphasis(rng: random.Random, size: Size, length: int) -> dict[str, Any]:
-    spans = []
+    spans: list[Any] = []
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(length)
         spans.append([start, min(length, start + rng.randint(1, 24))])
@@ -91,7 +107,9 @@ def _emphasis(rng: random.Random, size: Size, length: int) -> dict[str, Any]:
             str(layer): sorted(rng.sample(range(size.heads), rng.randint(1, most)))
             for layer in sorted(layers)
         }
-    alpha = rng.choice([1e-4, 1e-3, 0.01, 0.01, 0.1, 0.5, 2.0, 5.0])
-    if alpha in (0.1, 0.5):
-        return {"spans": spans, "heads": heads, "share": 1 - alpha}
-    return {"spans": spans, "heads": heads, "alpha": alpha}
+    strength = rng.choice(_STRENGTHS)
+    if "of spans" in strength:
+        own = strength["of spans"]
+        spans = [{"tokens": span, "alpha": rng.choice(own)} for span in spans]
+        strength = {"alpha": strength["alpha"]}
+    return {"spans": spans, "heads": heads, **strength}

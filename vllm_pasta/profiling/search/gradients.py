@@ -75,7 +75,7 @@ def own_dtype() -> bool:
 
     Other CPUs multiply bf16 matrices more slowly than fp32 ones. Attention is fp32 everywhere.
     """
-    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() or bool(torch.cpu._is_amx_tile_supported())
 
 
 def _attention(*args: Any, pasta_recorder: _Recorder, **kwargs: Any) -> tuple[torch.Tensor, None]:
