@@ -1,9 +1,10 @@
 """What clients see when something breaks, and that nothing runs unsteered because of it."""
 
 import json
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from threading import Barrier
 
 import httpx
 import psutil
@@ -16,13 +17,19 @@ HEADS = {str(layer): list(range(9)) for layer in range(20, 25)}
 
 
 @pytest.fixture
-def server(smollm2, tmp_path):
-    """A server whose head set is a file: (its address, the file)."""
+def heads(tmp_path):
+    """The file of a server's head set."""
     heads = tmp_path / "heads.json"
     heads.write_text(json.dumps(HEADS))
-    command = [VLLM, "serve", smollm2, *SERVE, "--pasta-heads", heads, "--shutdown-timeout", "60"]
-    with running([(command, {"VLLM_PLUGINS": "pasta", **USUAL})], tmp_path) as (url,):
-        yield url, heads
+    return heads
+
+
+@contextmanager
+def served(smollm2, heads, *options, **environment):
+    """A server whose head set is a file; its address."""
+    command = [VLLM, "serve", smollm2, *SERVE, "--pasta-heads", heads, *options]
+    with running([(command, {"VLLM_PLUGINS": "pasta", **environment})], heads.parent) as (url,):
+        yield url
 
 
 def body(**fields):
@@ -36,68 +43,108 @@ def complete(url, **fields):
     return reply.json()["choices"][0]["text"]
 
 
-def long_stream(url):
-    """Reads a long steered stream to its end: (chunks, whether [DONE] came, what was raised)."""
-    chunks, is_done = 0, False
-    try:
-        asked = body(stream=True, max_tokens=900, ignore_eos=True)
-        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=300) as reply:
-            for line in reply.iter_lines():
-                chunks += line.startswith("data: {")
-                is_done |= line == "data: [DONE]"
-    except httpx.HTTPError as e:
-        return chunks, is_done, type(e).__name__
-    return chunks, is_done, None
+LONG = 100  # tokens, which take a second
 
 
-def test_files_clients_and_the_engine(server):
-    """One server, broken bit by bit: its head-set file, its clients, and at last its engine."""
-    url, heads = server
-    steered, plain = complete(url), complete(url, emphasis=None)
-    assert steered != plain
+def stream(url, answers=None, **fields):
+    """Reads a steered stream to its end.
 
-    # The head-set file is replaced, cut off and removed: it was read when the server started.
-    for content in (json.dumps({"0": [0]}), '{"20": [0', None):
-        heads.write_text(content) if content is not None else heads.unlink()
-        assert complete(url) == steered
+    Args:
+        answers: Waits here, once, when the first token has come.
 
-    # A request's fields name head sets, never files.
-    for name in (str(heads), "/etc/passwd", "../../etc/passwd"):
-        reply = http.post(f"{url}/v1/completions", json=body(emphasis_heads=name))
-        assert reply.status_code == 400
-        assert "root:" not in reply.text
+    Returns:
+        Its text; and what it ended with: an error's message, else a reason of vLLM's, else None.
+    """
+    asked = body(**{"stream": True, "max_tokens": LONG, "ignore_eos": True, **fields})
+    text, end = "", None
+    with (
+        suppress(httpx.HTTPError),
+        httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=300) as reply,
+    ):
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue  # [DONE] says nothing: vLLM sends it after an error, too
+            part = json.loads(line[6:])
+            if "error" in part:
+                return text, part["error"]["message"]
+            text += part["choices"][0]["text"]
+            end = part["choices"][0]["finish_reason"]
+            if answers:
+                answers.wait(timeout=300)
+                answers = None
+    return text, end
 
-    # Clients that vanish in mid-stream leave the others' answers as they were.
-    for _ in range(3):
-        asked = body(stream=True, max_tokens=400, ignore_eos=True)
-        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=300) as reply:
-            next(reply.iter_lines())
-        assert (complete(url), complete(url, emphasis=None)) == (steered, plain)
 
-    # The engine is killed while it answers: no client gets a whole answer, and the server ends.
-    (engine,) = (
-        process
-        for process in psutil.process_iter()
-        if process.name().startswith("VLLM::EngineCor") and process.ppid() in _pids(url)
-    )
-    with ThreadPoolExecutor(3) as pool:
-        streams = [pool.submit(long_stream, url) for _ in range(3)]
-        time.sleep(3)
-        engine.send_signal(signal.SIGKILL)
-        ends = [stream.result() for stream in streams]
-    assert all(chunks < 900 for chunks, _, _ in ends), ends
+def amid_answers(url, break_it, count=3):
+    """Breaks a server while it answers; what `stream` returns for each answer."""
+    answers = Barrier(count + 1)
+    with ThreadPoolExecutor(count) as pool:
+        streams = [pool.submit(stream, url, answers) for _ in range(count)]
+        answers.wait(timeout=300)
+        break_it()
+        return [stream.result() for stream in streams]
+
+
+def front_end(url):
+    """The process that listens at a server's port: the one that was started."""
+    port = httpx.URL(url).port
+    (pid,) = {
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.laddr.port == port and c.status == psutil.CONN_LISTEN
+    }
+    return psutil.Process(pid)
+
+
+def engine_of(url):
+    return child(front_end(url), "VLLM::EngineCor")
+
+
+def child(process, name):
+    """The one child of that name, of which Linux keeps 15 characters."""
+    (found,) = (c for c in process.children() if c.name().startswith(name))
+    return found
+
+
+def assert_ends(url):
+    """A server that answers with errors alone, and then not at all."""
     deadline = time.monotonic() + 120
     while True:
         try:
             reply = http.post(f"{url}/v1/completions", json=body())
         except httpx.HTTPError:
-            break  # the server is gone
+            return
         assert reply.status_code >= 500
         assert time.monotonic() < deadline
         time.sleep(1)
 
 
-def _pids(url):
-    """The processes that listen at a server's port."""
-    port = httpx.URL(url).port
-    return {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port}
+def test_files_clients_and_the_engine(smollm2, heads):
+    """One server, broken bit by bit: its head-set file, its clients, and at last its engine."""
+    with served(smollm2, heads, **USUAL) as url:
+        steered, plain = complete(url), complete(url, emphasis=None)
+        assert steered != plain
+
+        # The file was read at start: what becomes of it later changes nothing.
+        for damage in (lambda: heads.write_text("{"), lambda: heads.write_text('{"0": [0]}'),
+                       heads.unlink):  # fmt: skip
+            damage()
+            assert complete(url) == steered
+        # A request's head set is JSON or the name of one that is known: no file is read for it.
+        for sent in (str(heads), "/etc/passwd", "../heads.json"):
+            reply = http.post(f"{url}/v1/completions", json=body(emphasis_heads=sent))
+            assert reply.status_code == 400, reply.text
+            assert "root:" not in reply.text
+
+        # Clients that vanish in mid-stream.
+        for _ in range(3):
+            asked = body(stream=True, max_tokens=400, ignore_eos=True)
+            with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=300) as reply:
+                next(reply.iter_lines())
+            assert (complete(url), complete(url, emphasis=None)) == (steered, plain)
+
+        # The engine is killed while it answers: no client gets a whole answer.
+        for text, end in amid_answers(url, engine_of(url).kill):
+            assert text.startswith(steered) or steered.startswith(text)
+            assert end != "length"
+        assert_ends(url)
