@@ -33,7 +33,7 @@ def server(tiny, counters, tmp_path_factory):
                "--pasta-heads", folder / "heads.json"]  # fmt: skip
     env = {"PROMETHEUS_MULTIPROC_DIR": str(counters),
            "VLLM_CPU_OMP_THREADS_BIND": f"{ALL_CORES[0]}|{ALL_CORES[-1]}"}  # fmt: skip
-    with running([(command, env)], folder) as (url,):
+    with running([(command, env)], folder, are_prepared=True) as (url,):
         yield url
 
 

@@ -52,7 +52,7 @@ def test_image(folder, tmp_path):
     expected, _ = Oracle(folder).generate(ids, 8, steering, images=made)
 
     report = [{"tokens": [start, end], "text": "<|image_pad|>", "images": [0]}]
-    with running([(command, {"VLLM_PLUGINS": "pasta"})], tmp_path) as (url,):
+    with running([(command, {"VLLM_PLUGINS": "pasta"})], tmp_path, are_prepared=True) as (url,):
         refused = http.post(
             f"{url}/v1/chat/completions", json={**body, "emphasis": emphasis({"image": 3})}
         )
