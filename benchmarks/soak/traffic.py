@@ -225,7 +225,8 @@ class Traffic:
             heads = self._sets[name]
             said: dict[str, Any] = {"heads": name}
         else:
-            layers = sorted(rng.sample(range(self._size.layers), rng.randint(1, 5)))
+            count = rng.randint(1, min(5, self._size.layers))
+            layers = sorted(rng.sample(range(self._size.layers), count))
             heads = {
                 layer: sorted(rng.sample(range(self._size.heads), rng.randint(1, self._size.heads)))
                 for layer in layers
