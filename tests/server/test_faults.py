@@ -148,3 +148,52 @@ def test_files_clients_and_the_engine(smollm2, heads):
             assert text.startswith(steered) or steered.startswith(text)
             assert end != "length"
         assert_ends(url)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_next_start_works(smollm2, heads):
+    """SIGTERM amid answers; a worker that gets no more memory, or is killed, as Linux does where
+    memory is out. After each the same command serves the same again, and what came was steered."""
+    ends = {}
+    with served(smollm2, heads, "--shutdown-timeout", "300") as url:
+        short = complete(url)
+        whole, end = stream(url)
+        assert (end, whole[: len(short)]) == ("length", short)
+        assert not whole.startswith(complete(url, emphasis=None))
+        # Without the timeout vLLM 0.32 kills its engine at once, and these would wait for ever.
+        ends["SIGTERM"] = amid_answers(url, front_end(url).terminate)
+        assert_ends(url)
+
+    with served(smollm2, heads, **USUAL) as url:
+        assert complete(url) == short
+        worker = child(engine_of(url), "VLLM::Worker")
+
+        def starve():
+            # The log-probabilities of a long prompt's whole vocabulary take 200 MB.
+            size = worker.memory_info().vms
+            worker.rlimit(psutil.RLIMIT_AS, (size, size))
+            asked = body(prompt=PROMPT + " Oslo" * 900, prompt_logprobs=1, max_tokens=1)
+            reply = http.post(f"{url}/v1/completions", json=asked)
+            assert reply.status_code == 500
+            print(f"no memory: {reply.text}")
+
+        ends["no memory"] = amid_answers(url, starve)
+        assert_ends(url)
+    log = (heads.parent / "0.log").read_text()
+    # torch's words, Python's, and oneDNN's, whichever asks for memory first
+    said = ("can't allocate memory", "MemoryError", "could not create a primitive")
+    assert any(words in log for words in said), log[-5000:]
+
+    with served(smollm2, heads, **USUAL) as url:
+        assert complete(url) == short
+        ends["the worker is killed"] = amid_answers(url, child(engine_of(url), "VLLM::Worker").kill)
+        assert_ends(url)
+
+    with served(smollm2, heads) as url:
+        assert complete(url) == short
+    for how, answers in ends.items():
+        for text, end in answers:
+            print(f"{how}: {len(text)} of {len(whole)} characters, then {end!r}")
+            assert whole.startswith(text)
+            assert (text == whole) == (end == "length") == (how == "SIGTERM")
