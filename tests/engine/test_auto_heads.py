@@ -130,6 +130,14 @@ def test_estimates_in_bf16(tmp_path, monkeypatch):
     assert found == pytest.approx(expected, abs=0.2 * max(map(abs, expected.values())))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps fp16")
+def test_fp16_is_computed_in_fp32(tmp_path, monkeypatch):
+    """On a CPU fp16 is slow, and small gradients vanish in it, even where bf16 is quick."""
+    tiny_model(tmp_path, "qwen3", torch.float16)
+    monkeypatch.setattr(gradients, "own_dtype", lambda: True)
+    assert GradientModel(str(tmp_path))._model.dtype == torch.float32
+
+
 def test_several_tasks_together():
     """A head that hurts one task counts against those it helps; each task counts as much."""
     estimates = {"a": {(0, 0): 8.0, (0, 1): 4.0, (1, 0): 0.0}, "b": {(0, 0): -0.1, (0, 1): 0.1}}

@@ -71,9 +71,10 @@ class _Recorder:
 
 
 def own_dtype() -> bool:
-    """Whether gradients run in the model's own dtype: on a GPU, and on a CPU with AMX.
+    """Whether gradients run in the model's own dtype: on a GPU, and in bf16 on a CPU with AMX.
 
-    Other CPUs multiply bf16 matrices more slowly than fp32 ones. Attention is fp32 everywhere.
+    Other CPUs multiply bf16 matrices more slowly than fp32 ones, and fp16 is quick on none.
+    Attention is fp32 everywhere.
     """
     return torch.cuda.is_available() or bool(torch.cpu._is_amx_tile_supported())
 
@@ -121,6 +122,8 @@ class GradientModel:
                 model, dtype="auto" if own_dtype() else torch.float32,
                 attn_implementation=self._of_text, **options,
             )  # fmt: skip
+            if not on_gpu and self._model.dtype != torch.bfloat16:
+                self._model = self._model.float()
             self._model = self._model.to(self._device).eval()
         except Exception as e:  # whatever a model's own code may raise
             raise PastaError(f"the gradient search cannot load {model} on transformers: {e}") from e
