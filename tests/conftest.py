@@ -69,6 +69,8 @@ def start(model, **options):
     from vllm.v1.engine import core
 
     many_in_a_process()
+    if not has_gpu():  # whose memory another engine needs
+        gc.freeze()
     envs.disable_envs_cache()  # else a variable that a test sets is not seen
     # Engines of one process share its process groups: one that ends must leave them to the others.
     core.cleanup_dist_env_and_memory = lambda: None
@@ -105,8 +107,9 @@ def many_in_a_process():
     current_platform.register_triton_kernel_overrides = functools.cache(
         current_platform.register_triton_kernel_overrides
     )
-    # Half a second of looking for garbage among what was imported, when an engine ends.
-    gc.freeze()
+    # A second of looking for garbage among all that the process has made, when an engine ends:
+    # vLLM takes back what `start` said, that what is there by then is none.
+    gc.unfreeze = lambda: None
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +124,8 @@ def engine():
         return started[key]
 
     yield get
+    gc.freeze()
     started.clear()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +141,18 @@ def tiny(tmp_path_factory):
     from models import byte_tokenizer, tiny_llama
 
     return byte_tokenizer(tiny_llama(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(smollm2, tmp_path_factory):
+    """The random Llama with a real tokenizer and its chat template: SmolLM2's."""
+    from models import tiny_llama
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    folder = tiny_llama(tmp_path_factory.mktemp("tiny-text"), vocab=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def server(browser, smollm2, tmp_path_factory):
     """Without VLLM_PLUGINS: the flag alone brings the page and its routes."""
     command = [VLLM, "serve", smollm2, *SERVE, "--pasta-playground", "--api-key", KEY,
                "--pasta-heads", "smollm2-135m-instruct", "--pasta-alpha", "0.01"]  # fmt: skip
-    with running([(command, {})], tmp_path_factory.mktemp("log")) as (url,):
+    with running([(command, {})], tmp_path_factory.mktemp("log"), are_prepared=True) as (url,):
         yield url
 
 

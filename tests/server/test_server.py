@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import prepared
 import pytest
 import vllm
 from servers import SERVE, USUAL, VLLM, environment, http, metric, running
@@ -523,10 +524,8 @@ def test_hostile_sizes(server, client, steered):
 
 def test_missing_head_set_file(smollm2):
     """The server does not start, and says why."""
-    result = subprocess.run(
-        [VLLM, "serve", smollm2, "--pasta-heads", "/no/such/heads.json"],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [VLLM, "serve", smollm2, "--pasta-heads", "/no/such/heads.json"]
+    result = prepared.run(command, environment(), timeout=300)
     assert result.returncode != 0
     assert "/no/such/heads.json: cannot be read" in result.stdout + result.stderr
 

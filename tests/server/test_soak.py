@@ -22,11 +22,13 @@ from vllm_pasta.verify.oracle import Steering
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_short_run(smollm2, tmp_path):
+@pytest.mark.parametrize("model", ["tiny_text", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_a_short_run(model, tmp_path, request):
     """Steered, plain and refused requests, whole and streamed: none is answered wrongly."""
+    model = request.getfixturevalue(model)
     result = tmp_path / "result.json"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--model", smollm2, "--requests", "30",
+        [sys.executable, "-m", "benchmarks.soak", "--model", model, "--requests", "30",
          "--minutes", "3", "--rate", "4", "--judge", "0.7", "--json", result],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip

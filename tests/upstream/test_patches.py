@@ -16,7 +16,6 @@ from pathlib import Path
 
 import main_job
 import pytest
-from models import tiny_llama
 
 from vllm_pasta.integration import attach
 
@@ -85,18 +84,7 @@ def patched(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    """A random model with a real tokenizer and chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    folder = tiny_llama(tmp_path_factory.mktemp("tiny-text"), vocab=len(tokenizer))
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def report(patched, model, tmp_path_factory):
+def report(patched, tiny_text, tmp_path_factory):
     """What the main job reports on the patched copy."""
     heads = tmp_path_factory.mktemp("heads") / "heads.json"
     heads.write_text(json.dumps(main_job.SOME_HEADS))
@@ -104,7 +92,7 @@ def report(patched, model, tmp_path_factory):
     assert own_tests
     path = [str(patched), str(TESTS.parent), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
-        [sys.executable, SUPPORT / "main_job.py", model, heads, *own_tests],
+        [sys.executable, SUPPORT / "main_job.py", tiny_text, heads, *own_tests],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
@@ -142,9 +130,9 @@ def test_all_superseded(report, patched):
     assert report["wrapped"] == []
 
 
-def test_same_tokens(report, engine, model):
+def test_same_tokens(report, engine, tiny_text):
     """As stock vLLM with our run-time patches; emphasis does something; nothing leaks."""
-    llm = engine(model, **main_job.OPTIONS, additional_config=main_job.CONFIG)
+    llm = engine(tiny_text, **main_job.OPTIONS, additional_config=main_job.CONFIG)
     expected = main_job.offline(llm)
     assert main_job.wrapped_functions()  # else the other run's empty list would prove nothing
     assert report["offline"] == expected
