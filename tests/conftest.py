@@ -24,6 +24,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(  # of all that tests start
     [str(Path(__file__).parent / "support" / "startup"), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
 
+import prepared
 import pytest
 from startup import sitecustomize as sitecustomize  # this process too
 
@@ -69,8 +70,6 @@ def start(model, **options):
     from vllm.v1.engine import core
 
     many_in_a_process()
-    if not has_gpu():  # whose memory another engine needs
-        gc.freeze()
     envs.disable_envs_cache()  # else a variable that a test sets is not seen
     # Engines of one process share its process groups: one that ends must leave them to the others.
     core.cleanup_dist_env_and_memory = lambda: None
@@ -107,9 +106,11 @@ def many_in_a_process():
     current_platform.register_triton_kernel_overrides = functools.cache(
         current_platform.register_triton_kernel_overrides
     )
-    # A second of looking for garbage among all that the process has made, when an engine ends:
-    # vLLM takes back what `start` said, that what is there by then is none.
+    # A second of looking for garbage among all that was imported, when an engine ends. vLLM freezes
+    # it, too, and takes that back then.
+    gc.freeze()
     gc.unfreeze = lambda: None
+    import uncompiled as uncompiled
 
 
 @pytest.fixture(scope="session")
@@ -124,8 +125,8 @@ def engine():
         return started[key]
 
     yield get
-    gc.freeze()
     started.clear()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -191,11 +192,14 @@ def smollm2_engine(engine, smollm2):
 
 
 @pytest.fixture
-def all_cores():
-    """Lets what the test starts run on every core, as processes that wait for each other must."""
-    os.sched_setaffinity(0, ALL_CORES)
-    yield ALL_CORES
-    os.sched_setaffinity(0, CORES)
+def two_ranks(monkeypatch):
+    """Has an engine of two workers run them in processes of their own, which have a core of this
+    one's: on two that others use, each waits for the other's turn."""
+    core = min(CORES)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{core}|{core}")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with prepared.spawned():
+        yield
 
 
 def pytest_configure(config):

@@ -8,7 +8,6 @@ steered requests; attention blocks that are enlarged to the state's size and rea
 import gc
 from dataclasses import replace
 
-import prepared
 import pytest
 import torch
 from models import HYBRIDS, random_ids, tiny_model
@@ -181,12 +180,10 @@ def test_compiled(tmp_path):
         check(output, model.ask_oracle(case))
 
 
-def test_two_ranks(tmp_path, all_cores, monkeypatch):
+@pytest.mark.usefixtures("two_ranks")
+def test_two_ranks(tmp_path):
     """Heads are numbered over the whole model."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
-    with prepared.spawned():
-        model = Model("granitemoehybrid", tmp_path, tensor_parallel_size=2)
+    model = Model("granitemoehybrid", tmp_path, tensor_parallel_size=2)
     names = ("across chunks", "one head")
     cases = [replace(model.cases[name], max_tokens=6) for name in names]
     for case, output in zip(cases, run(model.llm, cases), strict=True):

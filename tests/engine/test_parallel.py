@@ -3,7 +3,6 @@
 Broken by: numbering heads per tensor-parallel rank or layers per pipeline stage.
 """
 
-import prepared
 import pytest
 from test_exact import CASES, check, run
 from test_exact import expected as expected  # a fixture
@@ -28,14 +27,11 @@ FEW = (
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_equals_the_oracle(split, engine, tiny, expected, all_cores, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    with prepared.spawned():
-        llm = engine(
-            tiny, skip_tokenizer_init=True, block_size=32, max_num_batched_tokens=64,
-            **SPLITS[split],
-        )  # fmt: skip
+@pytest.mark.usefixtures("two_ranks")
+def test_equals_the_oracle(split, engine, tiny, expected):
+    llm = engine(
+        tiny, skip_tokenizer_init=True, block_size=32, max_num_batched_tokens=64, **SPLITS[split]
+    )
     for name, output in zip(FEW, run(llm, [CASES[name] for name in FEW]), strict=True):
         check(output, expected[name])
     llm.llm_engine.engine_core.shutdown()

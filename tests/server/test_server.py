@@ -41,8 +41,8 @@ def heads_file(tmp_path_factory):
 def server(smollm2, heads_file, tmp_path_factory):
     """The base URL of a server with the bundled heads as default."""
     command = [VLLM, "serve", smollm2, *SERVE, "--pasta-heads", heads_file, "--pasta-alpha", "0.01"]
-    folder = tmp_path_factory.mktemp("log")
-    with running([(command, {"VLLM_PLUGINS": "pasta", **USUAL})], folder) as (url,):
+    folder, env = tmp_path_factory.mktemp("log"), {"VLLM_PLUGINS": "pasta", **USUAL}
+    with running([(command, env)], folder, are_prepared=True) as (url,):
         yield url
 
 

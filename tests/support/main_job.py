@@ -181,6 +181,7 @@ def connector_bases():
 
 def main(model, heads_file, *own_tests):
     import pytest
+    import uncompiled as uncompiled
     import vllm
     from vllm import LLM
 

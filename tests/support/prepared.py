@@ -29,8 +29,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-IMPORTED = ("vllm.entrypoints.cli.serve", "vllm.entrypoints.cli.run_batch", "vllm.entrypoints.llm",
-            "vllm.v1.engine.core")  # fmt: skip
+IMPORTED = ("uncompiled", "vllm.entrypoints.cli.serve", "vllm.entrypoints.cli.run_batch",
+            "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker",
+            "vllm.model_executor.models.llama")  # fmt: skip
 GPU = ("gpu_ground", "vllm.entrypoints.llm", "vllm.v1.engine.core")
 
 
