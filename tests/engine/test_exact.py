@@ -141,10 +141,10 @@ def logprobs(output):
     return torch.tensor([[row[i].logprob for i in range(len(row))] for row in output.logprobs])
 
 
-def check(output, expected):
+def check(output, expected, tolerance=LOGPROB_TOLERANCE):
     tokens, rows = expected
     assert list(output.token_ids) == tokens
-    assert (logprobs(output) - rows).abs().max() < LOGPROB_TOLERANCE
+    assert (logprobs(output) - rows).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -227,7 +227,8 @@ def test_shapes(heads, kv_heads, head_size, block_size, engine, tmp_path):
         Case(MIDDLE, [(0, 5), (85, 90)], {1: [0]}, alpha=0.1),
     ]
     for case, output in zip(cases, run(llm, cases), strict=True):
-        check(output, oracle.generate(case.prompt, case.max_tokens, case.steering))
+        expected = oracle.generate(case.prompt, case.max_tokens, case.steering)
+        check(output, expected, 5e-4)  # with AVX2 alone, a plain request's error is 2.05e-4
 
 
 @pytest.mark.parametrize("layout", ["amx", "vec"])
