@@ -228,7 +228,8 @@ def test_shapes(heads, kv_heads, head_size, block_size, engine, tmp_path):
     ]
     for case, output in zip(cases, run(llm, cases), strict=True):
         expected = oracle.generate(case.prompt, case.max_tokens, case.steering)
-        check(output, expected, 5e-4)  # with AVX2 alone, a plain request's error is 2.05e-4
+        # With AVX2 alone, the error of a plain request, which is vLLM's own, is 2.05e-4.
+        check(output, expected, LOGPROB_TOLERANCE if torch.cpu._is_avx512_supported() else 5e-4)
 
 
 @pytest.mark.parametrize("layout", ["amx", "vec"])
