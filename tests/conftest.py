@@ -110,7 +110,7 @@ def many_in_a_process():
     # it, too, and takes that back then.
     gc.freeze()
     gc.unfreeze = lambda: None
-    import uncompiled as uncompiled
+    import uncompiled as uncompiled  # before the functions that it is about
 
 
 @pytest.fixture(scope="session")
@@ -193,8 +193,11 @@ def smollm2_engine(engine, smollm2):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """Has an engine of two workers run them in processes of their own, which have a core of this
-    one's: on two that others use, each waits for the other's turn."""
+    """Has vLLM run the two workers of an engine as processes, both on one core of this process.
+
+    They wait for each other at every step. On a core of its own each, the one whose core other
+    tests use would keep the other idle.
+    """
     core = min(CORES)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{core}|{core}")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")

@@ -144,8 +144,8 @@ def answers(folder):
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
-        ("profile", 3),
-        ("eval", 3),
+        ("profile", 5),
+        ("eval", 5),
         pytest.param("profile", 50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
         pytest.param("eval", 50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
@@ -194,7 +194,7 @@ def test_killed_at_random(name, kills, runner, tmp_path):
             now = now[: -rng.randint(1, len(now) - now[:-1].rfind(b"\n") - 1)]
             file.write_bytes(now)
         kept = now[: now.rfind(b"\n") + 1]
-    assert in_writing >= kills / 3
+    assert in_writing > kills / 3
     assert runner.finish(name, folder) == whole
     finished()
     print(f"{name}: {kills} kills, {in_writing} amid {len(every)} answers, {wholes} whole runs")

@@ -293,7 +293,11 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_layer(name, dtype, layout, kernel):
     """All heads, those that are steered and the others; nothing is read of the output."""
-    check_whole(recast(WHOLE[name], dtype, layout), KERNELS[kernel])
+    # With AVX2 alone the C++ kernel adds up a logit's products one after the other, by which one of
+    # 10 is off by up to 4e-6; with AVX-512 in two chains.
+    is_coarse = kernel == "cpp" and not torch.cpu._is_avx512_supported()
+    slack = {"fp32_slack": 1e-5} if is_coarse else {}
+    check_whole(recast(WHOLE[name], dtype, layout), KERNELS[kernel], **slack)
 
 
 STRENGTHS = st.sampled_from((1e-4, 0.01, 0.1, 0.3, 0.5, 0.99, 1.0, 1.3, 4.0))
