@@ -66,10 +66,11 @@ if LASTING not in os.environ:
 
 def start(model, **options):
     """An in-process engine with settings that suit small tests."""
+    from many_engines import in_one_process
     from vllm import LLM, envs
     from vllm.v1.engine import core
 
-    many_in_a_process()
+    in_one_process()
     envs.disable_envs_cache()  # else a variable that a test sets is not seen
     # Engines of one process share its process groups: one that ends must leave them to the others.
     core.cleanup_dist_env_and_memory = lambda: None
@@ -88,29 +89,6 @@ def start(model, **options):
         return LLM(str(model), **{**defaults, **options})
     finally:
         os.sched_setaffinity(0, CORES)  # vLLM binds this thread, and what it starts inherits that
-
-
-@functools.cache
-def many_in_a_process():
-    """Spares every start but the first what vLLM does once where a process starts one engine."""
-    from vllm.model_executor.models import registry
-    from vllm.platforms import current_platform
-
-    if has_gpu():
-        return
-    # What a model class can do is read in a process of its own, which imports all of vLLM, once
-    # for every architecture: "to avoid initializing CUDA", of which there is none to initialise.
-    registry._run_in_subprocess = lambda inspect: inspect()
-    # A second of looking at every name of every module, for what the first engine has replaced.
-    # Over some of numba's, which drafting by n-grams brings, a second search would trip, too.
-    current_platform.register_triton_kernel_overrides = functools.cache(
-        current_platform.register_triton_kernel_overrides
-    )
-    # A second of looking for garbage among all that was imported, when an engine ends. vLLM freezes
-    # it, too, and takes that back then.
-    gc.freeze()
-    gc.unfreeze = lambda: None
-    import uncompiled as uncompiled  # before the functions that it is about
 
 
 @pytest.fixture(scope="session")
@@ -191,6 +169,15 @@ def smollm2_engine(engine, smollm2):
     )
 
 
+@pytest.fixture(scope="session")
+def verdicts():
+    """Of every architecture; `tools.registry` keeps them for the tables that it makes of them."""
+    from tools import registry
+
+    with prepared.spawned():
+        return registry.verdicts()
+
+
 @pytest.fixture
 def two_ranks(monkeypatch):
     """Has vLLM run the two workers of an engine as processes, both on one core of this process.
@@ -240,7 +227,7 @@ def kind_of(item):
 
 def group(item, kind):
     """Tests of one group run on one worker, one after the other."""
-    if kind in ("engine", "gpu") and hasattr(item, "callspec"):
+    if kind == "engine" and hasattr(item, "callspec"):
         for fixture in ("run", "model"):  # of a module, and costly for each of its parameters
             if fixture in item.callspec.params:
                 return f"{item.path.stem} {item.callspec.params[fixture]}"

@@ -92,6 +92,7 @@ class Source:
         self._root = zipfile.Path(self._zip) if self._zip else path
         self._modules: dict[str, tuple[str, ast.Module] | None] = {}
         self._texts: dict[str, str] = {}
+        self._calls: dict[str, list[tuple[str, str, ast.Call]]] = {}
 
     def module(self, name: str) -> tuple[str, ast.Module] | None:
         """Text and tree of a module; None where there is none."""
@@ -113,6 +114,17 @@ class Source:
         if not self._texts:
             self._texts = dict(self._read(self._root / "vllm", "vllm"))
         return [name for name, text in self._texts.items() if word in text]
+
+    def calls(self, name: str) -> Iterator[tuple[str, str, ast.Call]]:
+        """The calls of a function by its last name: in which module, and in what of it."""
+        for module in self.mentions(f"{name}("):
+            if module not in self._calls:
+                found = self.module(module)
+                assert found is not None
+                self._calls[module] = list(_calls(found[1]))
+            for scope, called, node in self._calls[module]:
+                if called == name:
+                    yield module, scope, node
 
     def _read(self, folder: Path | zipfile.Path, package: str) -> Iterator[tuple[str, str]]:
         for path in folder.iterdir():
@@ -207,6 +219,21 @@ def _names(node: ast.AST) -> set[str]:
     return {t.id for t in targets if isinstance(t, ast.Name)}
 
 
+def _calls(tree: ast.Module) -> Iterator[tuple[str, str, ast.Call]]:
+    """All calls: the qualified name of the class or function that each is in, the last name of what
+    is called, and the call."""
+    waiting: list[tuple[str, ast.AST]] = [("", tree)]
+    while waiting:
+        scope, node = waiting.pop()
+        if isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if called is not None:
+                yield scope, called, node
+        if isinstance(node, _Definition):
+            scope = f"{scope}.{node.name}".lstrip(".")
+        waiting += ((scope, child) for child in ast.iter_child_nodes(node))
+
+
 STATES = ("unchanged", "changed", "moved", "new", "gone")
 
 
@@ -247,31 +274,12 @@ def called(old: Source, new: Source) -> Iterator[Finding]:
     """The calls of the wrapped functions: which function of vLLM makes them, and how."""
     names = {patch.target.rpartition(":")[2].rpartition(".")[2] for patch in PATCHES}
     for name in sorted(names - CALLED_ANYWHERE):
-        before, after = ("".join(sorted(set(_calls(source, name)))) for source in (old, new))
+        before, after = ("".join(sorted(_calls_of(source, name))) for source in (old, new))
         yield _compare(f"calls of {name}", before, after)
 
 
-def _calls(source: Source, name: str) -> Iterator[str]:
-    for module in source.mentions(f"{name}("):
-        found = source.module(module)
-        assert found is not None
-        for scope, node in _walk(found[1]):
-            if isinstance(node, ast.Call):
-                function = node.func
-                called = getattr(function, "attr", getattr(function, "id", None))
-                if called == name:
-                    yield f"{module}:{scope} {ast.unparse(node)}\n"
-
-
-def _walk(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """All nodes, each with the qualified name of the class or function that it is in."""
-    waiting: list[tuple[str, ast.AST]] = [("", tree)]
-    while waiting:
-        scope, node = waiting.pop()
-        yield scope, node
-        if isinstance(node, _Definition):
-            scope = f"{scope}.{node.name}".lstrip(".")
-        waiting += ((scope, child) for child in ast.iter_child_nodes(node))
+def _calls_of(source: Source, name: str) -> set[str]:
+    return {f"{module}:{at} {ast.unparse(node)}\n" for module, at, node in source.calls(name)}
 
 
 def imported_by_name(old: Source, new: Source) -> Iterator[Finding]:

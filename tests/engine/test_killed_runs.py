@@ -1,61 +1,20 @@
 """`vllm-pasta profile` and `eval`, killed at random points and started again."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
+import killed_job
+import prepared
 import psutil
 import pytest
 from models import worded_llama
 
 from vllm_pasta.tasks import load
-
-RUN = """
-import json, os, sys
-import uncompiled
-import vllm
-from vllm.model_executor.models import registry
-from vllm_pasta import cli
-from vllm_pasta.profiling.asker import engine
-from vllm_pasta.profiling.engine import engine_options
-
-registry._run_in_subprocess = lambda inspect: inspect()  # it would import vLLM once more
-assert engine.CHUNK > 1
-engine.CHUNK = 1  # one answer in a call of the engine: a kill can fall between any two
-model, options = sys.argv[1], engine_options(json.loads(sys.argv[2]), eager=True)
-llm = vllm.LLM(model, **options)
-
-def started(name, **asked):
-    assert (name, asked) == (model, options)
-    return llm
-
-vllm.LLM = started
-print("up", flush=True)
-for line in sys.stdin:
-    folder, *arguments = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-        status = 70
-        try:
-            status = cli.main(arguments)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-"""Starts an engine, which takes longer than a run. Then each command is a process of its own, with
-a copy of that engine in the state that it had when it was up."""
 
 ENGINE = {"dtype": "float32", "max_num_seqs": 8, "kv_cache_memory_bytes": 2**24}
 COMMANDS = {
@@ -78,31 +37,28 @@ def model(tmp_path_factory):
 class Runner:
     """Runs `vllm-pasta` on the tiny model; one command at a time."""
 
-    def __init__(self, model, log):
+    def __init__(self, model):
         self._model = str(model)
-        core = min(os.sched_getaffinity(0))  # with one thread, which alone a fork copies
-        support = str(Path(__file__).parents[1] / "support")
-        path = os.pathsep.join([support, os.environ["PYTHONPATH"]])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", RUN, self._model, json.dumps(ENGINE)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core),
-                 "PYTHONPATH": path},
-        )  # fmt: skip
-        while (line := self._process.stdout.readline()) != "up\n":
-            assert line, "the engine did not start"
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        with prepared.spawned():
+            self._process = context.Process(
+                target=killed_job.run_commands, args=(other, self._model, ENGINE)
+            )
+            self._process.start()
+        other.close()  # so that an end of the process is seen here
+        assert self._connection.recv() == "up"
 
     def start(self, name, folder):
         """Returns the process id."""
         folder.mkdir(exist_ok=True)
         arguments = [name, self._model, *COMMANDS[name], "--eager", "--engine", json.dumps(ENGINE)]
-        self._process.stdin.write(json.dumps([str(folder), *arguments]) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        self._connection.send([str(folder), *arguments])
+        return self._connection.recv()
 
     def wait(self):
         """The exit status; minus the signal's number if one ended it."""
-        return int(self._process.stdout.readline())
+        return self._connection.recv()
 
     def finish(self, name, folder):
         """What an undisturbed run comes to."""
@@ -112,15 +68,19 @@ class Runner:
 
     def close(self):
         self._process.kill()
-        self._process.wait()
+        self._process.join()
 
 
 @pytest.fixture(scope="module")
-def runner(model, tmp_path_factory):
-    with (tmp_path_factory.mktemp("runner") / "log").open("w") as log:
-        runner = Runner(model, log)
-        yield runner
-        runner.close()
+def runner(model):
+    core = min(os.sched_getaffinity(0))
+    with pytest.MonkeyPatch.context() as patch:
+        # One thread, which alone a fork copies.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(core))
+        runner = Runner(model)
+    yield runner
+    runner.close()
 
 
 def result(name, folder):

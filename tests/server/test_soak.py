@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
+import prepared
 import pytest
 from servers import environment
 
@@ -27,10 +28,11 @@ def test_a_short_run(model, tmp_path, request):
     """Steered, plain and refused requests, whole and streamed: none is answered wrongly."""
     model = request.getfixturevalue(model)
     result = tmp_path / "result.json"
-    run = subprocess.run(
+    # The server is started as a user's.
+    run = prepared.run(
         [sys.executable, "-m", "benchmarks.soak", "--model", model, "--requests", "30",
          "--minutes", "3", "--rate", "4", "--judge", "0.7", "--json", result],
-        cwd=ROOT, env=environment(), capture_output=True, text=True,
+        environment(), folder=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     figures = json.loads(result.read_text())

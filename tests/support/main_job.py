@@ -181,10 +181,11 @@ def connector_bases():
 
 def main(model, heads_file, *own_tests):
     import pytest
-    import uncompiled as uncompiled
     import vllm
+    from many_engines import in_one_process
     from vllm import LLM
 
+    in_one_process()
     report = {"http": asyncio.run(server(model, heads_file))}
     llm = LLM(model, **OPTIONS, additional_config=CONFIG)
     report["offline"] = offline(llm)

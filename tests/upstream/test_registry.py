@@ -4,38 +4,40 @@ Broken by: a refusal that takes more models than it should; a vLLM whose registr
 source, is not what `tools.registry` reads.
 """
 
+import pytest
+
 from tools import registry
 
+pytestmark = pytest.mark.xdist_group("verdicts")  # as test_upstream's
 
-def test_every_architecture_has_a_verdict():
+
+def test_every_architecture_has_a_verdict(verdicts):
     """Most are accepted; those that are not, by a refusal that exists, or could not be read."""
-    found = registry.verdicts()
-    assert len(found) == sum(len(names) for names in registry.MAPS.values()) >= 262
-    reasons = {verdict.reason for verdict in found.values()}
+    assert len(verdicts) == sum(len(names) for names in registry.MAPS.values()) >= 262
+    reasons = {verdict.reason for verdict in verdicts.values()}
     ids = {refusal.id for refusal in (*registry.ENGINE, *registry.LAYER, *registry.MLA_LAYER)}
     assert reasons <= {registry.ACCEPTED, registry.NOT_READ, *ids}
-    assert sum(verdict.reason == registry.ACCEPTED for verdict in found.values()) >= 200
+    assert sum(verdict.reason == registry.ACCEPTED for verdict in verdicts.values()) >= 200
 
 
-def test_kinds():
+def test_kinds(verdicts):
     """Architectures that were read by hand have the verdict that follows from their layers."""
-    found = registry.verdicts()
     for name in ("LlamaForCausalLM", "GptOssForCausalLM", "Qwen2_5_VLForConditionalGeneration",
                  "Gemma3ForConditionalGeneration", "SmolLM3ForCausalLM"):  # fmt: skip
-        assert found[name].reason == registry.ACCEPTED
-        assert not found[name].is_hybrid
-        assert not found[name].uses_mla
-    assert found["LlamaForCausalLM"].layers == {"Attention"}
+        assert verdicts[name].reason == registry.ACCEPTED
+        assert not verdicts[name].is_hybrid
+        assert not verdicts[name].uses_mla
+    assert verdicts["LlamaForCausalLM"].layers == {"Attention"}
     for name in ("Qwen3NextForCausalLM", "NemotronHForCausalLM", "JambaForCausalLM",
                  "Lfm2ForCausalLM", "Qwen3_5ForConditionalGeneration"):  # fmt: skip
-        assert found[name].reason == registry.ACCEPTED
-        assert found[name].is_hybrid
+        assert verdicts[name].reason == registry.ACCEPTED
+        assert verdicts[name].is_hybrid
     for name in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "LongcatFlashForCausalLM"):
-        assert found[name].reason == registry.ACCEPTED
-        assert found[name].uses_mla
-        assert "MLAAttention" in found[name].layers
-    assert "DeepseekV32IndexerCache" in found["GlmMoeDsaForCausalLM"].layers
-    assert "DeepseekV32IndexerCache" not in found["DeepseekV3ForCausalLM"].layers
+        assert verdicts[name].reason == registry.ACCEPTED
+        assert verdicts[name].uses_mla
+        assert "MLAAttention" in verdicts[name].layers
+    assert "DeepseekV32IndexerCache" in verdicts["GlmMoeDsaForCausalLM"].layers
+    assert "DeepseekV32IndexerCache" not in verdicts["DeepseekV3ForCausalLM"].layers
     for name, reason in {
         "Mamba2ForCausalLM": "no-attention",
         "WhisperForConditionalGeneration": "encoder-decoder",
@@ -45,4 +47,4 @@ def test_kinds():
         "DeepseekV32ForCausalLM": "sparse-attention",
         "GlmMoeDsaForCausalLM": "sparse-attention",
     }.items():
-        assert found[name].reason == reason
+        assert verdicts[name].reason == reason

@@ -14,6 +14,7 @@ from tools import check_upstream, generated
 from vllm_pasta.errors import UnsupportedError
 from vllm_pasta.integration import attach, plugin, refusals
 
+pytestmark = pytest.mark.xdist_group("verdicts")  # as test_registry's
 LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
 
 
@@ -84,7 +85,7 @@ def test_ledger_is_complete():
             assert heading in entry.lower(), entry
 
 
-def test_generated_tables():
+def test_generated_tables(verdicts):
     """The tables of refusals and of wrapped functions are what the code says."""
     assert generated.differing() == [], "run `python -m tools.generated`"
 
