@@ -1,9 +1,15 @@
 """Marks offline, through `LLM`: what the server's tests cannot see, the prompt's tokens."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import vllm
+from transformers import PreTrainedTokenizerBase
 
-from vllm_pasta import BeamSearchParams, EmphasisError, SamplingParams
+from vllm_pasta import BeamSearchParams, Emphasis, EmphasisError, SamplingParams
+from vllm_pasta.request.markup import Markup
 from vllm_pasta.verify.oracle import Steering
 
 WORDS = " ".join(f"word{i % 7}" for i in range(200))
@@ -48,6 +54,42 @@ def test_truncation_counts_without_tags(smollm2_engine, ids):
         tokenization_kwargs={"truncate_prompt_tokens": 3, "truncation_side": "right"},
     )  # fmt: skip
     assert request.prompt_token_ids == ids("Name a colour, please.")[:3]
+
+
+def test_no_tokenizer_is_copied(smollm2_engine, generate, monkeypatch):
+    """By the first request with a mark: that took seconds, in which a server answered nobody."""
+    admission = smollm2_engine.llm_engine.input_processor.pasta_admission
+    monkeypatch.setattr(admission.locator, "_tokenizer", None)  # as before the first
+    copied, deepcopy = [], copy.deepcopy
+    monkeypatch.setattr("copy.deepcopy", lambda *args: copied.append(args[0]) or deepcopy(*args))
+    generate("Ann lives in Oslo.", params({"text": "Oslo"}))
+    assert not [of for of in copied if isinstance(of, PreTrainedTokenizerBase)]
+
+
+def test_beside_threads_that_tokenize(smollm2_engine):
+    """Marks are found in the whole prompt while vLLM cuts and pads texts in other threads."""
+    admission = smollm2_engine.llm_engine.input_processor.pasta_admission
+    tokenizer = smollm2_engine.get_tokenizer()
+    text = f"{WORDS} Ann lives in Oslo."
+    ids, end = tokenizer(text).input_ids, threading.Event()
+    emphasis = Emphasis.parse({"emphasis": {"text": "Oslo"}})
+
+    def tokenize(length):
+        while not end.is_set():
+            options = {"truncation": True, "max_length": length, "padding": "max_length"}
+            assert len(tokenizer(WORDS, **options).input_ids) == length
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(tokenize, length) for length in (5, 1000)]
+        try:
+            for _ in range(100):
+                found = admission.locator.locate(emphasis, Markup("off"), ids, text, None)
+                ((start, stop),) = found.spans
+                assert tokenizer.decode(ids[start:stop]).strip() == "Oslo"
+        finally:
+            end.set()
+        for other in others:
+            other.result()
 
 
 def test_in_a_chat(smollm2_engine):

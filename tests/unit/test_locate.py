@@ -1,7 +1,5 @@
 """Marks to token ranges, over byte-level BPE, SentencePiece-like and WordPiece tokenizers."""
 
-from functools import cache
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -82,14 +80,9 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
-@cache  # a locator copies the tokenizer once: half a second for SmolLM2's
-def locator(tokenizer):
-    return Locator(lambda: tokenizer)
-
-
 def locate(tokenizer, ids, prompt, *, chat=None, markup=None, **fields):
     emphasis = Emphasis.parse({KEY: fields}) if fields else Emphasis()
-    return locator(tokenizer).locate(emphasis, markup or Markup(), ids, prompt, chat)
+    return Locator(lambda: tokenizer).locate(emphasis, markup or Markup(), ids, prompt, chat)
 
 
 def letters(tokenizer, ids):
@@ -254,7 +247,7 @@ def test_markup_that_marks_nothing(tokenizer, kind, text, words):
 
     def asked(chat=None, **fields):
         emphasis = Emphasis.parse({KEY: {"markup": kind, **fields}})
-        return locator(tokenizer).locate(emphasis, markup, ids, text, chat)
+        return Locator(lambda: tokenizer).locate(emphasis, markup, ids, text, chat)
 
     with pytest.raises(EmphasisError, match=f"(?s)nothing is emphasised: .*{words}"):
         asked()

@@ -1,6 +1,5 @@
 """A rendered prompt, and where in it a request's marks are."""
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -71,16 +70,17 @@ class Located:
 
 
 class Locator:
-    """Turns marks into token ranges, with a copy of the engine's tokenizer.
+    """Turns marks into token ranges. Threads may share it.
 
     Args:
-        get_tokenizer: Gives the engine's tokenizer, or None; called when first needed.
+        get_tokenizer: Gives a tokenizer that several threads can use, or that nobody else uses; or
+            None. Called when first needed.
     """
 
     def __init__(self, get_tokenizer: Callable[[], Any]) -> None:
         self._get_tokenizer = get_tokenizer
         self._tokenizer: Any = None
-        self._lock = threading.Lock()  # fast tokenizers cannot be shared between threads
+        self._lock = threading.Lock()  # around the tokenizer
 
     def locate(
         self,
@@ -265,7 +265,7 @@ class Locator:
 
     def _load(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = copy.deepcopy(self._get_tokenizer())
+            self._tokenizer = self._get_tokenizer()
         return self._tokenizer
 
     def _encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import BeamSearchParams, SamplingParams
+from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
 
 from vllm_pasta.errors import EmphasisError, HeadSetError
 from vllm_pasta.integration import support
@@ -103,6 +104,14 @@ def _no_text(token_ids: list[int]) -> str:
     return ""
 
 
+def _for_threads(tokenizer: Any) -> Any:
+    """A tokenizer that can be used while vLLM uses its own in other threads: that one itself where
+    vLLM has made a pool of it, as of every fast one, with a copy to spare. To copy a vocabulary of
+    150,000 tokens takes seconds, in which a server answers nobody."""
+    is_safe = isinstance(tokenizer, ThreadSafeHFTokenizerMixin)
+    return tokenizer if is_safe else copy.deepcopy(tokenizer)
+
+
 class Admission:
     """Resolves the emphasis of every request of one engine.
 
@@ -129,7 +138,7 @@ class Admission:
         get_renderer: Callable[[], Any] = lambda: None,
     ) -> None:
         self.config: PastaConfig | None = None
-        self.locator = Locator(get_tokenizer)
+        self.locator = Locator(lambda: _for_threads(get_tokenizer()))
         self._get_tokenizer = get_tokenizer
         self._get_renderer = get_renderer
         self._model_config = vllm_config.model_config
