@@ -1,6 +1,7 @@
 """What clients see when something breaks, and that nothing runs unsteered because of it."""
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,10 +26,11 @@ def heads(tmp_path):
 
 
 @contextmanager
-def served(smollm2, heads, *options, **environment):
+def served(smollm2, heads, *options, are_prepared=False, **environment):
     """A server whose head set is a file; its address."""
     command = [VLLM, "serve", smollm2, *SERVE, "--pasta-heads", heads, *options]
-    with running([(command, {"VLLM_PLUGINS": "pasta", **environment})], heads.parent) as (url,):
+    commands = [(command, {"VLLM_PLUGINS": "pasta", **environment})]
+    with running(commands, heads.parent, are_prepared=are_prepared) as (url,):
         yield url
 
 
@@ -96,14 +98,17 @@ def front_end(url):
     return psutil.Process(pid)
 
 
-def engine_of(url):
-    return child(front_end(url), "VLLM::EngineCor")
-
-
-def child(process, name):
-    """The one child of that name, of which Linux keeps 15 characters."""
-    (found,) = (c for c in process.children() if c.name().startswith(name))
+def process(url, name):
+    """The one process of a server with that name, of which Linux keeps 15 characters."""
+    group = front_end(url).pid
+    (found,) = (
+        of for of in psutil.process_iter()
+        if os.getpgid(of.pid) == group and of.name().startswith(name)
+    )  # fmt: skip
     return found
+
+
+ENGINE, WORKER = "VLLM::EngineCor", "VLLM::Worker"
 
 
 def assert_ends(url):
@@ -121,7 +126,7 @@ def assert_ends(url):
 
 def test_files_clients_and_the_engine(smollm2, heads):
     """One server, broken bit by bit: its head-set file, its clients, and at last its engine."""
-    with served(smollm2, heads, **USUAL) as url:
+    with served(smollm2, heads, are_prepared=True, **USUAL) as url:
         steered, plain = complete(url), complete(url, emphasis=None)
         assert steered != plain
 
@@ -144,7 +149,7 @@ def test_files_clients_and_the_engine(smollm2, heads):
             assert (complete(url), complete(url, emphasis=None)) == (steered, plain)
 
         # The engine is killed while it answers: no client gets a whole answer.
-        for text, end in amid_answers(url, engine_of(url).kill):
+        for text, end in amid_answers(url, process(url, ENGINE).kill):
             assert text.startswith(steered) or steered.startswith(text)
             assert end != "length"
         assert_ends(url)
@@ -167,7 +172,7 @@ def test_the_next_start_works(smollm2, heads):
 
     with served(smollm2, heads, **USUAL) as url:
         assert complete(url) == short
-        worker = child(engine_of(url), "VLLM::Worker")
+        worker = process(url, WORKER)
 
         def starve():
             # The log-probabilities of a long prompt's whole vocabulary take 200 MB.
@@ -187,7 +192,7 @@ def test_the_next_start_works(smollm2, heads):
 
     with served(smollm2, heads, **USUAL) as url:
         assert complete(url) == short
-        ends["the worker is killed"] = amid_answers(url, child(engine_of(url), "VLLM::Worker").kill)
+        ends["the worker is killed"] = amid_answers(url, process(url, WORKER).kill)
         assert_ends(url)
 
     with served(smollm2, heads) as url:

@@ -267,13 +267,18 @@ def test_ways(way, endpoint, client, tokenizer):
         with pytest.raises(openai.BadRequestError, match="for chats"):
             ask(client, endpoint, text, emphasis=emphasis)
         return
-    answer, report = ask(client, endpoint, text, emphasis=emphasis)
     prompt, spans = expected(way, tokenizer, in_chat=endpoint != "completions")
-    assert [span["tokens"] for span in report[0]["emphasised"]] == spans
     xargs = {"emphasis": json.dumps(emphasis if isinstance(emphasis, dict) else {"text": emphasis})}
-    assert ask(client, endpoint, text, vllm_xargs=xargs) == (answer, report)
-    # The same token ranges, given as such, on the text as the model sees it.
-    assert ask(client, "completions", prompt, emphasis={"spans": spans}) == (answer, report)
+    with ThreadPoolExecutor() as pool:  # at once, which takes the server as long as one
+        asked = [
+            pool.submit(ask, client, endpoint, text, emphasis=emphasis),
+            pool.submit(ask, client, endpoint, text, vllm_xargs=xargs),
+            # The same token ranges, given as such, on the text as the model sees it.
+            pool.submit(ask, client, "completions", prompt, emphasis={"spans": spans}),
+        ]
+        (answer, report), *others = (of.result() for of in asked)
+    assert [span["tokens"] for span in report[0]["emphasised"]] == spans
+    assert others == [(answer, report)] * 2
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat", "responses"])

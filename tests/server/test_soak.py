@@ -12,7 +12,7 @@ from typing import cast
 
 import prepared
 import pytest
-from servers import environment
+from servers import USUAL, environment
 
 from benchmarks.soak.__main__ import show
 from benchmarks.soak.client import Answer, Client
@@ -32,7 +32,7 @@ def test_a_short_run(model, tmp_path, request):
     run = prepared.run(
         [sys.executable, "-m", "benchmarks.soak", "--model", model, "--requests", "30",
          "--minutes", "3", "--rate", "4", "--judge", "0.7", "--json", result],
-        environment(), folder=ROOT,
+        environment(**USUAL), folder=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     figures = json.loads(result.read_text())

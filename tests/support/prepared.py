@@ -29,6 +29,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
+import setproctitle
+
 IMPORTED = ("uncompiled", "vllm.entrypoints.cli.serve", "vllm.entrypoints.cli.run_batch",
             "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker",
             "vllm.model_executor.models.llama")  # fmt: skip
@@ -110,6 +112,7 @@ def _adopt(env: Mapping[str, str], cores: Collection[int], group: int):
         cores: Those that it may run on.
         group: Of processes, the one that it belongs to; 0 for one of its own.
     """
+    setproctitle.getproctitle()  # finds where titles go, which it cannot with another environment
     os.environ.clear()
     os.environ.update(env)
     os.sched_setaffinity(0, cores)
