@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from answers import Answers
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from models import ATTENTION_KINDS, WINDOW, random_ids, tiny_model
@@ -65,15 +66,13 @@ class Model:
             name: replace(case, heads=everywhere) if case.heads is ALL else case
             for name, case in CASES.items()
         }
-        self.expected = {name: self.ask_oracle(case) for name, case in self.cases.items()}
-
-    def ask_oracle(self, case):
-        return self.oracle.generate(case.prompt, case.max_tokens, case.steering)
+        self.answers = Answers(self.oracle)
 
     def run(self, names):
-        """Without what the prefix cache holds."""
+        """Without what the prefix cache holds. Each case, and vLLM's answer."""
         self.llm.reset_prefix_cache()
-        return zip(names, run(self.llm, [self.cases[name] for name in names]), strict=True)
+        cases = [self.cases[name] for name in names]
+        return zip(cases, run(self.llm, cases), strict=True)
 
 
 @pytest.fixture(scope="module", params=ATTENTION_KINDS)
@@ -84,27 +83,28 @@ def model(request, tmp_path_factory):
     gc.collect()
 
 
-def test_oracle_equals_plain_vllm(model):
-    """Otherwise the oracle would prove nothing; and steering does something in every case."""
-    for name, output in model.run(["plain", "plain beside"]):
-        check(output, model.expected[name])
-    for name, case in model.cases.items():
-        if case.spans:
-            tokens = case.prompt + model.expected[name][0][:-1]
-            plain = model.oracle.prompt_logprobs(tokens)[len(case.prompt) - 1 :]
-            assert (model.expected[name][1] - plain).abs().max() > 50 * LOGPROB_TOLERANCE, name
-
-
 def test_mixed_batch(model):
     """Steered and plain, in chunks and decoding, more requests than the batch holds."""
-    for name, output in model.run(list(CASES)):
-        check(output, model.expected[name])
+    for case, output in model.run(list(CASES)):
+        check(output, model.answers.to(case, output))
+
+
+def test_oracle_equals_plain_vllm(model):
+    """Otherwise the oracle would prove nothing; and steering does something in every case."""
+    for case, output in model.run(["plain", "plain beside"]):
+        check(output, model.answers.to(case))
+    for name, case in model.cases.items():
+        if case.spans:
+            expected, rows = model.answers.to(case)
+            plain = model.oracle.prompt_logprobs(case.prompt + expected[:-1])
+            effect = (rows - plain[len(case.prompt) - 1 :]).abs().max()
+            assert effect > 50 * LOGPROB_TOLERANCE, name
 
 
 def test_whole_layers(model):
     """Steps in which all are steered: our kernel computes all heads, and vLLM's does not run."""
-    for name, output in model.run([name for name, case in CASES.items() if case.heads is ALL]):
-        check(output, model.expected[name])
+    for case, output in model.run([name for name, case in CASES.items() if case.heads is ALL]):
+        check(output, model.answers.to(case, output))
 
 
 def test_prefix_cache(model):
@@ -127,7 +127,7 @@ def test_prefix_cache(model):
             {"prompt_token_ids": case.prompt}, case.params, use_tqdm=False
         )
         assert request.num_cached_tokens == shared_tokens, case
-        check(request.outputs[0], model.ask_oracle(case))
+        check(request.outputs[0], model.answers.to(case, request.outputs[0]))
 
 
 GROUPS = {  # window and block size of each KV cache group

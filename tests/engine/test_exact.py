@@ -147,6 +147,23 @@ def check(output, expected, tolerance=LOGPROB_TOLERANCE):
     assert (logprobs(output) - rows).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("name", ["strengths: overlapping", "share: over chunks", "plain"])
+def test_guesses_change_nothing(name, tiny_oracle, expected):
+    """The oracle's answer is its own, whether it is given nothing, the answer or another one."""
+    case, (tokens, rows) = CASES[name], expected[name]
+    other = [(token + 1) % 256 for token in tokens]
+    for guess in (tokens, [*tokens, 1, 2], tokens[:5], other, [*tokens[:7], *other[7:]]):
+        found, seen = tiny_oracle.generate(case.prompt, case.max_tokens, case.steering, guess=guess)
+        assert found == tokens
+        assert (seen - rows).abs().max() < LOGPROB_TOLERANCE
+    at = tokens.index(tokens[9])
+    for guess in (tokens, tokens[:5], ()):
+        found, _ = tiny_oracle.generate(
+            case.prompt, case.max_tokens, case.steering, {tokens[9]}, guess=guess
+        )
+        assert found == tokens[: at + 1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_alone(name, small_batches, expected):
     (output,) = run(small_batches, [CASES[name]])
@@ -267,7 +284,7 @@ def test_smollm2(smollm2_engine, smollm2_oracle):
         ("The Louvre is in Paris", "The Louvre is in Rome", "To see the Louvre one travels to"),
         ("Danielle Darrieux speaks French", "Danielle Darrieux speaks English", "She speaks"),
     ]
-    prompts, params, expected = [], [], []
+    prompts, params, asked = [], [], []
     for i, (old, new, question) in enumerate(facts):
         prompt = f"Previously, {old}. Currently, {new}. {question}"
         ids = tokenizer(prompt).input_ids
@@ -295,9 +312,12 @@ def test_smollm2(smollm2_engine, smollm2_oracle):
                     extra_args={"emphasis": emphasis} if steered else None,
                 )
             )
-            expected.append(smollm2_oracle.generate(ids, 24, steering if steered else None))
+            asked.append((ids, 24, steering if steered else None))
     outputs = [r.outputs[0] for r in smollm2_engine.generate(prompts, params, use_tqdm=False)]
-    for output, (tokens, rows) in zip(outputs, expected, strict=True):
+    expected = []
+    for output, of in zip(outputs, asked, strict=True):
+        tokens, rows = smollm2_oracle.generate(*of, guess=output.token_ids)
+        expected.append((tokens, rows))
         assert list(output.token_ids) == tokens
         for row, got in zip(rows, output.logprobs, strict=True):
             for token, logprob in got.items():

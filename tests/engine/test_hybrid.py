@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from answers import Answers
 from models import HYBRIDS, random_ids, tiny_model
 from test_exact import LOGPROB_TOLERANCE, Case, check, run
 from vllm import SamplingParams
@@ -51,6 +52,7 @@ class Model:
             **{**OPTIONS.get(kind, {}), **options},
         )
         self.oracle = Oracle(folder)
+        self.answers = Answers(self.oracle)
         self.layers = LAYERS[kind]
         everywhere = {layer: [0, 1, 2, 3] for layer in self.layers}
         self.cases = {
@@ -61,9 +63,6 @@ class Model:
             "short": Case(SHORT, [(4, 9)], everywhere, max_tokens=30),
             "plain beside": Case(OTHER),
         }
-
-    def ask_oracle(self, case):
-        return self.oracle.generate(case.prompt, case.max_tokens, case.steering)
 
 
 @pytest.fixture(scope="module", params=FP32)
@@ -78,7 +77,7 @@ def test_mixed_batch(model):
     """Steered and plain, in chunks and decoding, more requests than the batch holds."""
     outputs = run(model.llm, list(model.cases.values()))
     for (name, case), output in zip(model.cases.items(), outputs, strict=True):
-        expected = model.ask_oracle(case)
+        expected = model.answers.to(case, output)
         check(output, expected)
         if case.spans:
             tokens = case.prompt + expected[0][:-1]
@@ -103,7 +102,7 @@ def test_states_are_shared_by_equal_requests_alone(model):
         replace(steered, spans=[(5, 9)]),
     ):
         (request,) = model.llm.generate({"prompt_token_ids": prompt}, case.params, use_tqdm=False)
-        check(request.outputs[0], model.ask_oracle(case))
+        check(request.outputs[0], model.answers.to(case, request.outputs[0]))
         hits.append(request.num_cached_tokens)
     block = model.llm.llm_engine.vllm_config.cache_config.block_size
     before, whole = 300 // block * block, 399 // block * block
@@ -166,7 +165,7 @@ def test_preemption(tmp_path):
         )
     ]  # fmt: skip
     for case, output in zip(cases, run(model.llm, cases), strict=True):
-        check(output, model.ask_oracle(case))
+        check(output, model.answers.to(case, output))
     preemptions = [m.value for m in model.llm.get_metrics() if m.name == "vllm:num_preemptions"]
     assert sum(preemptions) > 0
 
@@ -177,7 +176,7 @@ def test_compiled(tmp_path):
     model = Model("lfm2", tmp_path, enforce_eager=False, compilation_config={})
     cases = list(model.cases.values())
     for case, output in zip(cases, run(model.llm, cases), strict=True):
-        check(output, model.ask_oracle(case))
+        check(output, model.answers.to(case, output))
 
 
 @pytest.mark.usefixtures("two_ranks")
@@ -187,5 +186,5 @@ def test_two_ranks(tmp_path):
     names = ("across chunks", "one head")
     cases = [replace(model.cases[name], max_tokens=6) for name in names]
     for case, output in zip(cases, run(model.llm, cases), strict=True):
-        check(output, model.ask_oracle(case))
+        check(output, model.answers.to(case, output))
     model.llm.llm_engine.engine_core.shutdown()

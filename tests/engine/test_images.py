@@ -45,11 +45,12 @@ class Model:
         made.pop("attention_mask")
         return ids, made
 
-    def expected(self, text, pictures, spans, alpha=0.01, factors=None):
-        """Prompt, and the oracle's tokens and log-probabilities."""
+    def expected(self, answer, text, pictures, spans, alpha=0.01, factors=None):
+        """Prompt, and the oracle's tokens and log-probabilities; vLLM's answer is to be judged."""
         ids, images = self.given(text, pictures)
         steering = spans and Steering(spans(ids), ALL, alpha, len(ids), factors)
-        return ids, self.oracle.generate(ids, TOKENS, steering or None, images=images)
+        guess = answer.outputs[0].token_ids
+        return ids, self.oracle.generate(ids, TOKENS, steering or None, images=images, guess=guess)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -138,7 +139,7 @@ class Talk:
             for role, *parts in self.messages
         ]  # fmt: skip
 
-    def expected(self, model):
+    def expected(self, model, answer):
         messages = [
             {"role": role, "content": [
                 {"type": "image"} if isinstance(part, int) else {"type": "text", "text": part}
@@ -148,7 +149,7 @@ class Talk:
         ]  # fmt: skip
         text = model.processor.apply_chat_template(messages, tokenize=False)
         pictures = [picture(n) for _, *parts in self.messages for n in parts if type(n) is int]
-        return model.expected(text, pictures, self.spans, self.alpha, self.factors)
+        return model.expected(answer, text, pictures, self.spans, self.alpha, self.factors)
 
 
 ONE = [("system", "Be brief."), ("user", "Look at this: ", 1, " What colour is the sky in it?")]
@@ -202,7 +203,7 @@ def test_conversations(model):
     )
     plain = {}
     for (name, talk), output in zip(TALKS.items(), outputs, strict=True):
-        ids, expected = talk.expected(model)
+        ids, expected = talk.expected(model, output)
         assert output.prompt_token_ids == ids, name
         check(output.outputs[0], expected)
         if name == "plain":
@@ -239,7 +240,7 @@ def test_completions(model):
                 before, after = AROUND[model.kind]
                 return [(start - before, end + after)]
 
-        ids, expected = model.expected(clean, pictures, spans)
+        ids, expected = model.expected(output, clean, pictures, spans)
         assert output.prompt_token_ids == ids, emphasis
         check(output.outputs[0], expected)
 
@@ -257,7 +258,7 @@ def test_image_that_attends_both_ways(model):
     )
     whole = model.kind == "gemma3"
     span = (start, end) if whole else (start + 1, start + 2)
-    _, expected = model.expected(text, [picture(6)], lambda _: [span])
+    _, expected = model.expected(output, text, [picture(6)], lambda _: [span])
     check(output.outputs[0], expected)
 
 
@@ -286,7 +287,7 @@ def test_prefix_cache(model):
         )
         assert output.num_cached_tokens == shared, (number, emphasis)
         spans = {id(None): None, id(marked): images(0), id(later): words("tell me")}[id(emphasis)]
-        check(output.outputs[0], model.expected(text, [picture(number)], spans)[1])
+        check(output.outputs[0], model.expected(output, text, [picture(number)], spans)[1])
 
 
 def test_hybrid(tmp_path):

@@ -51,7 +51,8 @@ def test_mixed_batch(model):
     """Steered and plain, in chunks and decoding, more requests than the batch holds."""
     llm, oracle = model
     for case, output in zip(CASES.values(), run(llm, list(CASES.values())), strict=True):
-        expected = oracle.generate(case.prompt, case.max_tokens, case.steering)
+        guess = output.token_ids
+        expected = oracle.generate(case.prompt, case.max_tokens, case.steering, guess=guess)
         check(output, expected)
         if case.spans:
             tokens = case.prompt + expected[0][:-1]
@@ -72,4 +73,6 @@ def test_prefix_cache(model):
     ):
         (request,) = llm.generate({"prompt_token_ids": case.prompt}, case.params, use_tqdm=False)
         assert request.num_cached_tokens == shared
-        check(request.outputs[0], oracle.generate(case.prompt, case.max_tokens, case.steering))
+        (output,) = request.outputs
+        guess = output.token_ids
+        check(output, oracle.generate(case.prompt, case.max_tokens, case.steering, guess=guess))

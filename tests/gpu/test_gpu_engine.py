@@ -85,14 +85,17 @@ def run(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     report = json.loads(lines[0].removeprefix("REPORT "))
-    return Run(backend, is_v2, report, *expected(model))
+    return Run(backend, is_v2, report, *expected(model, report["mixed"]))
 
 
-def expected(model):
+def expected(model, answers):
     from gpu_job import CASES, LONG, WATCHED
 
     oracle = Oracle(model)
-    tokens = [oracle.generate(ids, n, steering(emphasis, ids))[0] for ids, n, emphasis in CASES]
+    tokens = [
+        oracle.generate(ids, n, steering(emphasis, ids), guess=answer)[0]
+        for (ids, n, emphasis), answer in zip(CASES, answers, strict=True)
+    ]
     looks = {
         "plain": last_row(oracle, LONG, None),
         "emphasised": last_row(oracle, LONG, steering(WATCHED, LONG)),

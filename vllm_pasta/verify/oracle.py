@@ -5,7 +5,7 @@ of the prompt: alpha outside the emphasised ranges; or, with a share, what each 
 Imports nothing of vllm-pasta.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,25 +214,39 @@ class Oracle:
         steering: Steering | None = None,
         stop_ids: Container[int] = (),
         images: Mapping[str, torch.Tensor] | None = None,
+        guess: Sequence[int] = (),
     ) -> tuple[list[int], torch.Tensor]:
         """Greedy tokens, and the log-probabilities each was chosen from: float32 [n, vocab].
 
-        ``images``: what the model's processor makes of the prompt's, the token ids aside.
+        Args:
+            prompt_ids: The prompt.
+            max_tokens: How many tokens at most.
+            steering: What is steered; None for nothing.
+            stop_ids: Tokens that end the answer.
+            images: What the model's processor makes of the prompt's, the token ids aside.
+            guess: What the answer may be, such as the one to be judged. It saves time and changes
+                nothing: one pass gives the choice after each of its tokens, which counts as long as
+                all before it were chosen.
         """
         tokens: list[int] = []
         rows: list[torch.Tensor] = []
-        anew = self._recurs or images is not None  # each step: positions count images, too
+        guess = list(guess[: max_tokens - 1])
+        # Where each pass is over all tokens: positions count images, too.
+        anew = self._recurs or images is not None or guess
         with _steering(steering):
-            ids, cache = self._ids(prompt_ids), None if anew else DynamicCache()
-            while len(tokens) < max_tokens:
+            ids, cache = self._ids([*prompt_ids, *guess]), None if anew else DynamicCache()
+            while True:
                 more = _longer(images or {}, ids.shape[1])
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=not anew, **more)
-                rows.append(out.logits[0, -1].float().log_softmax(-1).cpu())
-                tokens.append(int(rows[-1].argmax()))
-                if tokens[-1] in stop_ids:
-                    break
+                for row in out.logits[0, -1 - len(guess) :]:
+                    rows.append(row.float().log_softmax(-1).cpu())
+                    tokens.append(int(rows[-1].argmax()))
+                    if len(tokens) == max_tokens or tokens[-1] in stop_ids:
+                        return tokens, torch.stack(rows)
+                    if tokens != guess[: len(tokens)]:
+                        break
+                guess = []
                 ids = self._ids([*prompt_ids, *tokens] if anew else tokens[-1:])
-        return tokens, torch.stack(rows)
 
     def prompt_logprobs(
         self,
