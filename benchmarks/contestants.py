@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -40,11 +40,15 @@ class Contestant:
         self.pause()
 
     def close(self) -> None:
+        """Ends the command, which ends what it has started: its input ends, or it gets SIGTERM."""
         self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
-        try:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        else:
+            self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):  # what is left
             self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:

@@ -57,7 +57,7 @@ class Engine(Contestant):
             if line.startswith("ANSWER "):
                 answer: dict[str, Any] = json.loads(line[7:])
                 return answer
-        raise SystemExit(f"the {self.name} engine died; run with --verbose to see why")
+        raise SystemExit(f"the {self.name} engine died: its last words stand above")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
