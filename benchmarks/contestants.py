@@ -39,6 +39,15 @@ class Contestant:
         yield
         self.pause()
 
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """For the wait until it is up: nothing stays behind if that is interrupted."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Ends the command, which ends what it has started: its input ends, or it gets SIGTERM."""
         self._signal(signal.SIGCONT)

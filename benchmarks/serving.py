@@ -41,7 +41,8 @@ class Server(Contestant):
         ]  # fmt: skip
         nowhere = subprocess.DEVNULL
         super().__init__(name, command, 1, stdout=nowhere, stderr=nowhere)
-        self._wait()
+        with self.closed_on_error():
+            self._wait()
         self.pause()
 
     def load(self, options: argparse.Namespace, rate: float, seed: int) -> dict[str, float]:

@@ -41,7 +41,8 @@ class Engine(Contestant):
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.info = self._read()
+        with self.closed_on_error():
+            self.info = self._read()
         self.pause()
 
     def ask(self, **request: Any) -> dict[str, Any]:
