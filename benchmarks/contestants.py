@@ -40,12 +40,12 @@ class Contestant:
         self.pause()
 
     @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
+    def killed_on_error(self) -> Iterator[None]:
         """For the wait until it is up: nothing stays behind if that is interrupted."""
         try:
             yield
         except BaseException:
-            self.close()
+            self._signal(signal.SIGKILL)
             raise
 
     def close(self) -> None:
@@ -57,8 +57,8 @@ class Contestant:
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
-        with suppress(ProcessLookupError):  # what is left
-            self._signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)  # what is left
 
     def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(self.process.pid, number)

@@ -41,7 +41,7 @@ class Server(Contestant):
         ]  # fmt: skip
         nowhere = subprocess.DEVNULL
         super().__init__(name, command, 1, stdout=nowhere, stderr=nowhere)
-        with self.closed_on_error():
+        with self.killed_on_error():
             self._wait()
         self.pause()
 

@@ -41,7 +41,7 @@ class Engine(Contestant):
             stdout=subprocess.PIPE,
             text=True,
         )
-        with self.closed_on_error():
+        with self.killed_on_error():
             self.info = self._read()
         self.pause()
 

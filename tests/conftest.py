@@ -171,7 +171,7 @@ def smollm2_engine(engine, smollm2):
 
 @pytest.fixture(scope="session")
 def verdicts():
-    """Of every architecture; `tools.registry` keeps them for the tables that it makes of them."""
+    """What becomes of every architecture; `tools.registry` keeps it, and makes its tables of it."""
     from tools import registry
 
     with prepared.spawned():

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from answers import Answers
 from last_row import last_row
 from models import MLA, random_ids, tiny_model
 from test_exact import LOGPROB_TOLERANCE, Case, check, run
@@ -65,7 +66,7 @@ def start_mla(folder, dtype="float32", **options):
 
 def check_all(llm, oracle):
     for case, output in zip(CASES.values(), run(llm, list(CASES.values())), strict=True):
-        expected = ask(oracle, case, output)
+        expected = Answers(oracle).to(case, output)
         check(output, expected)
         if case.spans and case is not CASES["one token"]:
             tokens = case.prompt + expected[0][:-1]
@@ -131,12 +132,7 @@ def test_chunks_and_prefix_cache(chunks, tmp_path):
     llm = start_mla(tiny_model(tmp_path, "deepseek_v3"))
     oracle = Oracle(tmp_path)
     check_all(llm, oracle)
-    check_prefix_cache(llm, lambda case, output: check(output, ask(oracle, case, output)))
-
-
-def ask(oracle, case, output):
-    guess = output.token_ids
-    return oracle.generate(case.prompt, case.max_tokens, case.steering, guess=guess)
+    check_prefix_cache(llm, lambda case, output: check(output, Answers(oracle).to(case, output)))
 
 
 def check_prefix_cache(llm, check_output):

@@ -100,12 +100,13 @@ def front_end(url):
 
 def process(url, name):
     """The one process of a server with that name, of which Linux keeps 15 characters."""
-    group = front_end(url).pid
-    (found,) = (
-        of for of in psutil.process_iter()
-        if os.getpgid(of.pid) == group and of.name().startswith(name)
-    )  # fmt: skip
-    return found
+    group, found = front_end(url).pid, []
+    for of in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # others come and go
+            if os.getpgid(of.pid) == group and of.name().startswith(name):
+                found.append(of)
+    (one,) = found
+    return one
 
 
 ENGINE, WORKER = "VLLM::EngineCor", "VLLM::Worker"
